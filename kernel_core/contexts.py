@@ -1,0 +1,50 @@
+"""What a factory is given: narrow, frozen, and the same in every process because it derives from the frozen plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kernel_core.config import KernelConfig
+from kernel_core.plan import Capabilities
+
+Part = Literal["face", "engine", "worker"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A checkpoint, without its weights. `config` is its config.json, `generation` its generation_config.json."""
+
+    path: str
+    format: str  # key of `make_checkpoint`
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_path: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        return (self.config.get("architectures") or ["?"])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """Given to every `make_*` hook of a plugin. `section` is the plugin's own validated config section; `config` the
+    kernel's; `service` looks up a required service by name ("grammar/1")."""
+
+    plugin: str
+    part: Part
+    section: Any
+    config: KernelConfig
+    model: ModelInfo
+    service: Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext(BuildContext):
+    """Engine-part factories also know what the device can do and the sizes that were settled."""
+
+    capabilities: Capabilities
+    max_slots: int
+    max_model_len: int
+    max_tokens_per_step: int

@@ -1,0 +1,186 @@
+"""The hooks. pluggy validates and registers implementations; the kernel calls them at build time, one plugin at a time in
+resolved order, each with its own context, and prebinds what they return. Nothing here is called in a step.
+
+A hook without a caller is not listed; docs/architecture.md says where the others will attach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from kernel_core.config import KernelConfig
+    from kernel_core.contexts import BuildContext, EngineContext
+    from kernel_core.manifest import Constraint
+    from kernel_core.nn.protocols import (
+        AttentionBackend,
+        Device,
+        Drafter,
+        LogitsTransform,
+        OpRegistry,
+        StepInputs,
+        WeightFormat,
+        WorkerContext,
+    )
+    from kernel_core.protocols import Call, CheckpointFormat, Executor, Observer, Policy, RequestPreparer, Resource
+
+PROJECT = "kernel_core"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+def home(*parts: str, composes: str):  # noqa: ANN201
+    """Mark where a hook is called ("face", "engine", "worker") and how several answers compose."""
+
+    def mark(function):  # noqa: ANN001, ANN202
+        function.parts, function.composes = parts, composes
+        return function
+
+    return mark
+
+
+@hookspec
+@home("face", composes="all")
+def constrain(config: KernelConfig, section: Any) -> Sequence[Constraint]:
+    """State what this plugin needs of the configuration.
+
+    Pure: reads the user's configuration and its own section, returns constraints, changes nothing. Called until nothing
+    changes, before anything is built and before torch is imported."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("face", composes="all")
+def register_fields() -> Mapping[str, type]:
+    """Name request fields this plugin reads: {"presence_penalty": PenaltyFields, ...} → one pydantic model class
+    whose fields are request fields, under the key "request"; under "output", a model of named outputs.
+
+    Two plugins registering one field is a start-up error naming both."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", "worker", composes="all")
+def register_calls(context: BuildContext) -> Mapping[str, Call]:
+    """Calls that any process may make on every rank: {"name": bytes → bytes}, reached as "plugin.name" through
+    `Executor.call`, run between two steps."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("face", composes="chain")
+def prepare_request(context: BuildContext) -> RequestPreparer:
+    """Make the object that turns this plugin's request fields into payloads, spans, identity, jobs, gates and resources."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("face", composes="all")
+def make_service(context: BuildContext, name: str) -> Any:
+    """Build the provider of a service this plugin's manifest provides ("text/1"). The requirer's Protocol is checked."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="exclusive")
+def make_policy(context: EngineContext) -> Policy:
+    """Replace first-come-first-served: sort key, chunk size, victim."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="all")
+def make_resource(context: EngineContext) -> Resource:
+    """Add something bounded that requests hold while they have a slot."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="exclusive")
+def make_executor(context: BuildContext) -> Executor:
+    """Run workers somewhere else than in this process. Chosen by `executor = "<plugin>"` or by being the only one enabled."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("face", "worker", composes="keyed")
+def make_checkpoint(context: BuildContext) -> CheckpointFormat:
+    """Read one checkpoint format."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", "worker", composes="all")
+def make_observer(context: BuildContext) -> Observer:
+    """Watch steps and requests."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="exclusive")
+def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
+    """Open the device. Only called on the plugin that `device = "..."` selected."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="all")
+def probe_device(section: Any) -> str | None:
+    """Can this device run here? None: yes; otherwise the reason why not, in one line. Called by `device = "auto"`; may
+    import nothing heavy and create no device context."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="all")
+def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
+    """Register implementations of semantic ops, each with a predicate and a priority."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="keyed")
+def make_attention(context: WorkerContext) -> Sequence[AttentionBackend]:
+    """Offer attention backends; the highest priority whose `supports(spec)` holds is taken per layer, at build."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="keyed")
+def make_weight_format(context: WorkerContext) -> WeightFormat:
+    """Replace the parameters of linears before weights are loaded (quantised checkpoints and online quantisation)."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="chain")
+def wrap_module(context: WorkerContext, path: str, module: Any) -> Any | None:
+    """Return a module to put in the place of `module` (a parallel layer, after weight formats), or None to leave it."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="one owner a name")
+def make_step_inputs(context: WorkerContext) -> StepInputs:
+    """Declare named device inputs and fill them once per step."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="chain")
+def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
+    """Change logits before sampling, in one of the four stages mask, bias, penalty, temperature. Sampling rank only."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="exclusive")
+def make_drafter(context: WorkerContext) -> Drafter:
+    """Propose draft tokens after each step; the kernel verifies them."""
+    raise NotImplementedError
+
+
+DEPRECATED: Mapping[str, str] = {}

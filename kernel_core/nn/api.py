@@ -1,0 +1,43 @@
+"""Everything a plugin's torch side may import from the worker kernel."""
+
+from kernel_core.nn.protocols import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionSpec,
+    Device,
+    Drafter,
+    DraftView,
+    Forward,
+    HostTurn,
+    LogitsTransform,
+    MemoryReport,
+    Model,
+    ModelContext,
+    OpRegistry,
+    StepInputs,
+    StepView,
+    WeightFormat,
+    Weights,
+    WorkerContext,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionSpec",
+    "Device",
+    "DraftView",
+    "Drafter",
+    "Forward",
+    "HostTurn",
+    "LogitsTransform",
+    "MemoryReport",
+    "Model",
+    "ModelContext",
+    "OpRegistry",
+    "StepInputs",
+    "StepView",
+    "WeightFormat",
+    "Weights",
+    "WorkerContext",
+]

@@ -1,0 +1,347 @@
+"""The worker-side contract: what models, devices, attention backends, transforms and drafters see and promise.
+
+Letters: R rows, T tokens of the step, N logits rows, m draft positions a row, S slots, V vocabulary, H hidden size.
+Rates: *build*, *step* (once per step, outside the graph), *graph* (inside the compiled graph: torch, functional, static
+shapes, no `.item()`). Methods are *device* (torch tensors) unless declared *host* (numpy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernel_core.config import KernelConfig
+from kernel_core.contexts import BuildContext, ModelInfo
+from kernel_core.plan import Capabilities, Opened
+
+# ---- attention and KV --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one attention layer declares. Same (kind, window) and block size → same KV group.
+
+    `kind`: "full" or "window" (later "latent", "cross", "recurrent"). `window` w: position p sees p-w+1 .. p.
+    `algorithm` lets a layer ask for a special backend ("softmax" by default). `sinks`: the layer passes one extra logit a head."""
+
+    layer: str  # unique path, the key of its KV
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    kind: str = "full"
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    causal: bool = True
+    algorithm: str = "softmax"
+    first_slot: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One group's part of a step, on the device; input of `AttentionBackend.plan`.
+
+    Query token j of row r is q_start[r] + j and sits at position kv_len[r] - q_len[r] + j (counts are the true ones).
+    `slot_mapping` [T] int64 is where each token's KV goes (block * block_size + offset), -1: not written.
+    `tree` [T, W] bool or None: for rows with tree drafts, which of the row's own step tokens (by index in the row) a token
+    sees; None: causal. `max_q`, `max_kv` are host ints (upper bounds) for launch sizes."""
+
+    q_start: Tensor  # [R + 1] int32
+    kv_len: Tensor  # [R] int32, this step's tokens included
+    block_table: Tensor  # [R, B] int32
+    slot_mapping: Tensor  # [T] int64
+    block_size: int
+    max_q: int
+    max_kv: int
+    tree: Tensor | None = None
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """KV storage of a layer in the device's own layout, and attention over it. Never reads a block that a row's table does
+    not name below its length; never writes a slot that is not in `slot_mapping`."""
+
+    name: str  # "vendor:name"
+    priority: int
+
+    def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
+        """Rate: build."""
+        ...
+
+    def bytes_per_block(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> int:
+        """Rate: build. Exact."""
+        ...
+
+    def allocate(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, num_blocks: int) -> Any:
+        """One layer's KV storage, opaque to everybody else. Rate: build."""
+        ...
+
+    def plan(self, batch: AttentionBatch, specs: Sequence[AttentionSpec]) -> Any:
+        """What all layers of a group share in this step. Rate: step."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Any, plan: Any, spec: AttentionSpec, sinks: Tensor | None
+    ) -> Tensor:
+        """Write k, v [T, Hkv, D] at the planned slots, then attend q [T, Hq, D] → [T, Hq, Dv]. Rate: graph, per layer."""
+        ...
+
+    def copy_kv(self, kv: Any, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
+        """Copy single tokens between slots (int64 [n]) of one layer. Rate: step."""
+        ...
+
+
+# ---- model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Forward:
+    """The explicit argument of a model's forward; there is no global context. A pytree of tensors.
+
+    `kv` by layer path, `attention` (the backends' plans) by layer path, `inputs` the named step inputs,
+    `taps` is filled by the model with hidden states at the tap points that were asked for at build."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, or [A, T] where an owner of positions declares axes
+    kv: Mapping[str, Any] = field(default_factory=dict)
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None  # [T, H] span embeddings
+    embeds_mask: Tensor | None = None  # [T] bool
+    taps: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext(BuildContext):
+    """Given to the worker-side hooks. `dtype` is the compute dtype; sizes are the ones that were settled."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    vocab_size: int
+    max_slots: int
+    max_model_len: int
+    max_tokens_per_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """Given to a family's `build`. `ops` resolves semantic ops; `attention(spec)` gives the backend of a layer."""
+
+    info: ModelInfo
+    config: KernelConfig
+    dtype: torch.dtype
+    device: torch.device
+    ops: OpRegistry
+    attention: Callable[[AttentionSpec], AttentionBackend]
+    rank: int = 0
+    world_size: int = 1
+    taps: tuple[str, ...] = ()
+
+
+class Model(Protocol):
+    """An nn.Module built on the meta device by a family. Attention layers are found by their `spec` attribute."""
+
+    tap_points: Mapping[str, str]  # name → what it is
+
+    def forward(self, fwd: Forward) -> Tensor:
+        """→ hidden states [T, H] after the final norm. Rate: graph."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] → [N, V], in the model's dtype. Rate: graph."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] → [T, H], scaled as the model does."""
+        ...
+
+
+# ---- ops ---------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class OpRegistry(Protocol):
+    """Semantic ops: a torch reference each, and what devices registered. The choice is made once per call site, at build."""
+
+    def register(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        owner: str,
+        priority: int = 0,
+        predicate: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> None:
+        """Offer an implementation. `predicate` sees the static facts of the call site (dtype, sizes, weight format)."""
+        ...
+
+    def resolve(self, name: str, **facts: Any) -> Callable[..., Any]:
+        """The implementation for a call site. Raises PluginError when nothing, not even a reference, fits."""
+        ...
+
+    def explain(self) -> Sequence[tuple[str, str, str]]:
+        """(op, chosen owner, facts) of every choice made so far, for `kernel plugins --explain ops`."""
+        ...
+
+
+@runtime_checkable
+class WeightFormat(Protocol):
+    """How a linear keeps its weight. Applied to every parallel linear while the model is on the meta device."""
+
+    format: str  # "int8", ...
+
+    def replace(self, path: str, linear: nn.Module) -> nn.Module | None:
+        """Return the module that takes its place, or None. It must offer `load(part, tensor)` and `finish()`."""
+        ...
+
+
+# ---- the runner's views ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class StepView:
+    """Device tensors of the current step, valid until it ends. Read-only for plugins.
+
+    Logits rows are the positions that are sampled: per row with room > 0, its last known token and its drafts.
+    `history` is the token table itself: tokens of slot s are history[s, :known[s]]."""
+
+    rows: Tensor  # [R] int64 slots
+    lens: Tensor  # [R] int32 KV length after this step's tokens
+    next_token: Tensor  # [R] int64, last known token
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [A, T] int64
+    q_start: Tensor  # [R + 1] int32
+    slot: Tensor  # [N] int64 slot of each logits row
+    row: Tensor  # [N] int64 index into rows
+    draft_pos: Tensor  # [N] int32: 0 after the last known token, j after draft j
+    position: Tensor  # [N] int64: position of the token that this logits row decides
+    ancestors: Tensor  # [N, m] int32: the drafts before it on its path (index into drafts), -1 padded
+    drafts: Tensor  # [R, m] int64, -1 absent
+    history: Tensor  # [S, L] int32 token table
+    known: Tensor  # [S] int32
+    num_prompt: Tensor  # [S] int32
+
+
+@dataclass(slots=True)
+class HostTurn:
+    """For transforms declared host, once per step while the forward runs. Numpy.
+
+    `mask[i]` are the rows u32 [1 + m, ceil(V / 32)] of watched slot i, all ones by default: bit t of row j allows token t
+    after draft j. A filled mask is applied by the kernel before the mask stage."""
+
+    slots: np.ndarray  # [W] watched slots of this step
+    tokens: Sequence[np.ndarray]  # per slot, the tokens it gained in the last step
+    drafts: np.ndarray  # [W, m] -1 absent
+    parents: np.ndarray  # [W, m] draft index each one continues, -1: the last token
+    mask: np.ndarray  # [W, 1 + m, ceil(V / 32)] uint32
+
+
+@runtime_checkable
+class LogitsTransform(Protocol):
+    """One stage's change to logits. Batched over all logits rows; slots it does not watch cost nothing."""
+
+    stage: Literal["mask", "bias", "penalty", "temperature"]
+    host: bool  # True: `fill` is called in the host turn and `apply` never
+    argmax_invariant: bool  # True: greedy rows are unchanged, so it may be skipped for them
+
+    def opened(self, opened: Opened) -> bool:
+        """A slot opens; its payload for this plugin is in `opened.payloads`. True: watch the slot. Rate: request."""
+        ...
+
+    def closed(self, slot: int) -> None:
+        """Rate: request; only for watched slots."""
+        ...
+
+    def apply(self, logits: Tensor, step: StepView) -> Tensor:
+        """[N, V] float32 → the same shape; may write in place. Rows of slots it does not watch must stay as they are."""
+        ...
+
+    def fill(self, turn: HostTurn) -> None:
+        """Host transforms only. Rate: step."""
+        ...
+
+
+@runtime_checkable
+class StepInputs(Protocol):
+    """Named device inputs, filled once per step, read by models and wrapped modules from `Forward.inputs`."""
+
+    names: Mapping[str, tuple[torch.dtype, str, Any]]  # name → (dtype, "tokens"|"rows"|"slots", pad value)
+
+    def opened(self, opened: Opened) -> None: ...
+    def closed(self, slot: int) -> None: ...
+    def fill(self, step: StepView) -> Mapping[str, Tensor]:
+        """Rate: step."""
+        ...
+
+
+@dataclass(slots=True)
+class DraftView:
+    """What a drafter sees after verification. `taps` [T, H] are the states it declared. `advance(tokens [R])` runs one more
+    single-token pass of the drafter's own layers at the next position and returns its hidden states."""
+
+    step: StepView
+    accepted: Tensor  # [R] int32 accepted drafts; the row's new last token is history[slot, known - 1]
+    last_token: Tensor  # [R] int64
+    hidden: Tensor  # [T, H]
+    taps: Mapping[str, Tensor]
+    wanted: Tensor  # [R] int32 how many drafts the next plan has room for
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes drafts; may change speed, never output. Called on every step, also when nobody wants drafts."""
+
+    width: int  # most drafts a row
+    taps: tuple[str, ...]
+    lookback: int
+    needs_host: bool
+
+    def opened(self, opened: Opened) -> None: ...
+    def closed(self, slot: int) -> None: ...
+    def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
+        """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1), count [R] int32."""
+        ...
+
+
+# ---- device ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of the device's memory: all of it, and what is free for this process now."""
+
+    total: int
+    free: int
+
+
+@runtime_checkable
+class Device(Protocol):
+    """One opened device of one rank. Returned by `make_device`; ops and attention come by their own hooks from the same
+    plugin. Every method but `synchronize` is called at build."""
+
+    name: str
+    torch_device: torch.device
+
+    def capabilities(self) -> Capabilities: ...
+    def memory(self) -> MemoryReport: ...
+    def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
+        """Factories that replace runner parts by name ("sampler", "step_inputs", "block_tables", "graphs"); usually empty."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for everything submitted. Rate: step at most."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Weights = Iterator[tuple[str, Tensor]]
