@@ -100,8 +100,10 @@ def make_resource(context: EngineContext) -> Resource:
 
 @hookspec
 @home("engine", composes="exclusive")
-def make_executor(context: BuildContext) -> Executor:
-    """Run workers somewhere else than in this process. Chosen by `executor = "<plugin>"` or by being the only one enabled."""
+def make_executor(context: BuildContext, plan: bytes) -> Executor:
+    """Run workers somewhere else than in this process. Chosen by `executor = "<plugin>"` or by being the only one enabled.
+
+    `plan` is the frozen plan as JSON: what `kernel_core.nn.api.open_worker` needs in the process of each rank."""
     raise NotImplementedError
 
 

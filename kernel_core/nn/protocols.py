@@ -61,6 +61,7 @@ class AttentionBatch:
     max_q: int
     max_kv: int
     tree: Tensor | None = None
+    positions: Tensor | None = None  # [T] int64 of the queries where trees make them differ from the above; for windows
 
 
 @runtime_checkable
@@ -94,7 +95,8 @@ class AttentionBackend(Protocol):
         ...
 
     def copy_kv(self, kv: Any, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
-        """Copy single tokens between slots (int64 [n]) of one layer. Rate: step."""
+        """Copy single tokens between slots (int64 [n]) of one layer, as if all were read before any is written. Entries
+        0 → 0 are padding. Rate: step."""
         ...
 
 
@@ -304,11 +306,13 @@ class Drafter(Protocol):
     taps: tuple[str, ...]
     lookback: int
     needs_host: bool
+    tree: bool  # False: parents are always the chain's (j - 1)
 
     def opened(self, opened: Opened) -> None: ...
     def closed(self, slot: int) -> None: ...
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
-        """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1), count [R] int32."""
+        """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1; always
+        smaller than j), count [R] int32."""
         ...
 
 
@@ -317,10 +321,12 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes of the device's memory: all of it, and what is free for this process now."""
+    """Bytes of the device's memory: all of it, and what is free for this process now. `kv_limit`: the most that KV may take
+    when the user asked for no size (a device whose memory other programs share sets it); None: no limit."""
 
     total: int
     free: int
+    kv_limit: int | None = None
 
 
 @runtime_checkable

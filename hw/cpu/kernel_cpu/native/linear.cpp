@@ -1,0 +1,283 @@
+// y = x W^T + b with W packed in panels: [N / NR][K / 2][NR] pairs of bf16, or [N / NR][K][NR] floats or int8.
+// NR = 2 vectors. K is padded to even and N to NR with zeros.
+// Every output is one accumulator that runs over k in order, so row i does not depend on the other rows of the batch.
+#include <algorithm>
+#include <type_traits>
+
+#include "pool.h"
+#include "tile.h"
+
+using namespace kc;
+
+namespace {
+
+constexpr int NV = 2, NR = NV * W;
+constexpr int kMaxRows = W == 16 ? 12 : 6;   // rows of the register tile: 24 or 12 accumulators
+constexpr int kBlockRows = 96;               // rows whose A block stays in L2
+constexpr int kChunkRows = 480;              // rows packed at a time
+constexpr int kBlockPairs = 256;             // pairs of k whose panel stays in L1
+constexpr long kTaskBytes = 192 << 10;
+
+enum Format { kBf16 = 0, kF32 = 1, kI8 = 2 };
+
+struct Problem {
+    const void *x, *w, *bias;
+    const float *scale;
+    void *out;
+    long ldx, ldo, m, n, k, pairs, panels;
+    bool x_bf16, bias_bf16;
+    Format format;
+};
+
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+// C[MR][NP * NR] (+)= A[pairs][2][MR] * B; the dot source takes A as [pairs][MR] pairs of bf16.
+template <class Src, int MR, int NP>
+void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, long pairs, long ahead, float *c,
+                 ptrdiff_t ldc, bool first) {
+    constexpr int step = Src::kDot ? MR : 2 * MR;
+    vf acc[MR][NP * NV];
+    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int j = 0; j < NP * NV; ++j)
+        acc[i][j] = first ? vf{} : load(c + i * ldc + j * W);
+    for (long p = 0; p < pairs; ++p) {
+        KC_UNROLL for (int q = 0; q < NP; ++q)
+            for (int o = 0; o < Src::kStride * (int)sizeof(typename Src::Item); o += 64)
+                __builtin_prefetch((const char *)(b + q * panel) + ahead + o);
+        tile_pair<Src, MR, NP, NV, 1, MR>(acc, a, b, panel);
+        a += step;
+        b += Src::kStride;
+    }
+    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int j = 0; j < NP * NV; ++j)
+        store(c + i * ldc + j * W, acc[i][j]);
+}
+
+template <class Src>
+using Kernel = void (*)(const float *, const typename Src::Item *, ptrdiff_t, long, long, float *, ptrdiff_t, bool);
+
+template <class Src, int MR> Kernel<Src> pick(int rows, bool several) {
+    if constexpr (MR > 0) {
+        if (rows != MR) return pick<Src, MR - 1>(rows, several);
+        return several ? tile_kernel<Src, MR, panels_at_once(MR)> : tile_kernel<Src, MR, 1>;
+    } else {
+        return nullptr;
+    }
+}
+
+// Rows [begin, end) of x as A tiles: the rows of a tile interleaved, so that the kernel reads them with one pointer.
+struct Tiles {
+    long rows, count;
+    long row(long t) const { return rows * t / count; }
+};
+
+Tiles tiles_of(long rows) { return {rows, (rows + kMaxRows - 1) / kMaxRows}; }
+
+template <class X> void pack_tile(const X *x, long ldx, int rows, long k, long pairs, float *a) {
+    for (int i = 0; i < rows; ++i) {
+        const X *from = x + i * ldx;
+        float *to = a + i;
+        if (rows == 1) {
+            for (long j = 0; j < k; j += W) store_n(to + j, load_n(from + j, (int)std::min<long>(W, k - j)), (int)(k - j));
+        } else {
+            for (long j = 0; j < k; ++j) to[j * rows] = to_float(from[j]);
+        }
+        if (k < 2 * pairs) to[k * rows] = 0;
+    }
+}
+
+void pack_tile_pairs(const bf16 *x, long ldx, int rows, long k, long pairs, uint32_t *a) {
+    for (int i = 0; i < rows; ++i) {
+        const bf16 *from = x + i * ldx;
+        for (long j = 0; j < k / 2; ++j) a[j * rows + i] = from[2 * j].bits | (uint32_t)from[2 * j + 1].bits << 16;
+        if (k < 2 * pairs) a[(pairs - 1) * rows + i] = from[k - 1].bits;
+    }
+}
+
+void pack_rows(const Problem &p, bool dot, long row0, const Tiles &tiles, float *a) {
+    auto one = [&](long t) {
+        long r = tiles.row(t);
+        int rows = (int)(tiles.row(t + 1) - r);
+        if (dot) pack_tile_pairs((const bf16 *)p.x + (row0 + r) * p.ldx, p.ldx, rows, p.k, p.pairs, (uint32_t *)a + r * p.pairs);
+        else if (p.x_bf16) pack_tile((const bf16 *)p.x + (row0 + r) * p.ldx, p.ldx, rows, p.k, p.pairs, a + r * 2 * p.pairs);
+        else pack_tile((const float *)p.x + (row0 + r) * p.ldx, p.ldx, rows, p.k, p.pairs, a + r * 2 * p.pairs);
+    };
+    if (tiles.rows * p.k < 65536) {
+        for (long t = 0; t < tiles.count; ++t) one(t);
+    } else {
+        parallel((int)tiles.count, one);
+    }
+}
+
+// Accumulators of rows x cols -> scale, bias, rounding, out.
+template <class X> void finish(const Problem &p, const float *c, ptrdiff_t ldc, long row, long rows, long col, long cols) {
+    for (long i = 0; i < rows; ++i) {
+        X *out = (X *)p.out + (row + i) * p.ldo + col;
+        for (long j = 0; j < cols; j += W) {
+            int n = (int)std::min<long>(W, cols - j);
+            vf y = load(c + i * ldc + j);
+            if (p.scale) y *= load_n(p.scale + col + j, n);
+            if (p.bias && p.bias_bf16) y += load_n((const bf16 *)p.bias + col + j, n);
+            else if (p.bias) y += load_n((const float *)p.bias + col + j, n);
+            store_n(out + j, y, n);
+        }
+    }
+}
+
+template <class Src> struct Block {
+    const Problem &p;
+    const float *a;      // packed tiles of rows [row0, row0 + tiles.rows)
+    Tiles tiles;
+    long row0, t0, t1;   // the tiles of this block
+};
+
+// One block of rows times panels [begin, end).
+template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
+    const Problem &p = k.p;
+    using Item = typename Src::Item;
+    const ptrdiff_t panel = p.pairs * Src::kStride;
+    const long r0 = k.tiles.row(k.t0), rows = k.tiles.row(k.t1) - r0;
+    const ptrdiff_t ldc = (end - begin) * NR;
+    const bool streaming = k.t1 - k.t0 == 1;
+    const long block = streaming ? p.pairs : kBlockPairs;
+    const int a_step = Src::kDot ? 1 : 2;
+    float *c = (float *)scratch(1, sizeof(float) * rows * ldc);
+    for (long b = 0; b < p.pairs; b += block) {
+        long pairs = std::min(block, p.pairs - b);
+        int wide = panels_at_once((int)(rows / (k.t1 - k.t0)));
+        for (long q = begin; q < end; q += wide) {
+            int take = (int)std::min<long>(wide, end - q);
+            for (long t = k.t0; t < k.t1; ++t) {
+                long r = k.tiles.row(t);
+                int mr = (int)(k.tiles.row(t + 1) - r);
+                const float *a = k.a + (r * p.pairs + b * mr) * a_step;
+                int np = panels_at_once(mr);
+                for (int s = 0; s < take;) {
+                    bool several = take - s >= np;
+                    pick<Src, kMaxRows>(mr, several)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
+                                                     streaming ? 1024 : 0, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
+                    s += several ? np : 1;
+                }
+            }
+        }
+    }
+    long col = begin * NR, cols = std::min(end * NR, p.n) - col;
+    if (p.x_bf16) finish<bf16>(p, c, ldc, k.row0 + r0, rows, col, cols);
+    else finish<float>(p, c, ldc, k.row0 + r0, rows, col, cols);
+}
+
+template <class Src> void run(const Problem &p) {
+    for (long row0 = 0; row0 < p.m; row0 += kChunkRows) {
+        Tiles tiles = tiles_of(std::min<long>(kChunkRows, p.m - row0));
+        float *a = (float *)scratch(0, sizeof(float) * tiles.rows * 2 * p.pairs);
+        pack_rows(p, Src::kDot, row0, tiles, a);
+        long blocks = (tiles.rows + kBlockRows - 1) / kBlockRows;
+        long panel_bytes = p.pairs * Src::kStride * sizeof(typename Src::Item);
+        long group = tiles.count == 1 ? std::max<long>(4, kTaskBytes / panel_bytes) : tiles.rows <= 32 ? 4 : 8;
+        group = std::max<long>(1, std::min(group, p.panels * blocks / (4 * thread_count())));
+        if (group > 4) group = group / 4 * 4;
+        long groups = (p.panels + group - 1) / group;
+        auto body = [&](int task) {
+            long g = task / blocks, b = task % blocks;
+            Block<Src> block{p, a, tiles, row0, tiles.count * b / blocks, tiles.count * (b + 1) / blocks};
+            multiply(block, g * group, std::min(p.panels, (g + 1) * group));
+        };
+        // A product this small ends before a sleeping worker has woken.
+        if (tiles.rows * p.n * p.k < 100000) {
+            for (int i = 0; i < (int)(groups * blocks); ++i) body(i);
+        } else {
+            parallel((int)(groups * blocks), body);
+        }
+    }
+}
+
+// Packs panel q of row-major w [n, k] through put(pair, half, lane, value of w or zero).
+template <class T, class Put> void pack_panel(const T *w, long ldw, long n, long k, long q, Put put) {
+    long pairs = (k + 1) / 2;
+    for (int lane = 0; lane < NR; ++lane) {
+        long row = q * NR + lane;
+        for (long j = 0; j < 2 * pairs; ++j) put(j / 2, j % 2, lane, row < n && j < k ? w[row * ldw + j] : T{});
+    }
+}
+
+}  // namespace
+
+KC_API int kc_panel() { return NR; }
+
+KC_API int kc_simd_width() { return W; }
+
+KC_API int kc_has_dot() { return KC_DOT; }
+
+KC_API void kc_linear(const void *x, int x_bf16, long ldx, const void *w, int format, const float *scale, const void *bias,
+                      int bias_bf16, void *out, long ldo, long m, long n, long k) {
+    Problem p{x, w, bias, scale, out, ldx, ldo, m, n, k, (k + 1) / 2, (n + NR - 1) / NR, !!x_bf16, !!bias_bf16, (Format)format};
+    if (format == kF32) return run<F32Source<NV>>(p);
+    if (format == kI8) return run<I8Source<NV>>(p);
+#if KC_DOT
+    if (x_bf16) return run<Bf16DotSource<NV>>(p);
+#endif
+    run<Bf16Source<NV>>(p);
+}
+
+KC_API void kc_pack(const void *w, long ldw, int format, void *out, long n, long k) {
+    long pairs = (k + 1) / 2, panels = (n + NR - 1) / NR;
+    parallel_ranges(panels, 1, [&](long begin, long end) {
+        for (long q = begin; q < end; ++q) {
+            if (format == kBf16) {
+                uint16_t *to = (uint16_t *)out + q * pairs * 2 * NR;
+                pack_panel((const uint16_t *)w, ldw, n, k, q,
+                           [&](long p, int h, int lane, uint16_t v) { to[(p * NR + lane) * 2 + h] = v; });
+            } else {
+                float *to = (float *)out + q * pairs * 2 * NR;
+                pack_panel((const float *)w, ldw, n, k, q,
+                           [&](long p, int h, int lane, float v) { to[(p * 2 + h) * NR + lane] = v; });
+            }
+        }
+    });
+}
+
+// Symmetric, one scale per output channel: w[n][k] ~ scale[n] * q, q in [-127, 127].
+KC_API void kc_pack_int8(const void *w, int w_bf16, long ldw, int8_t *out, float *scale, long n, long k) {
+    long pairs = (k + 1) / 2, panels = (n + NR - 1) / NR;
+    parallel_ranges(panels, 1, [&](long begin, long end) {
+        for (long q = begin; q < end; ++q) {
+            float inverse[NR] = {};
+            for (int lane = 0; lane < NR && q * NR + lane < n; ++lane) {
+                long row = q * NR + lane;
+                float top = 0;
+                for (long j = 0; j < k; ++j) {
+                    float v = w_bf16 ? to_float(((const bf16 *)w)[row * ldw + j]) : ((const float *)w)[row * ldw + j];
+                    top = std::max(top, std::fabs(v));
+                }
+                scale[row] = top / 127.0f;
+                inverse[lane] = top > 0 ? 127.0f / top : 0.0f;
+            }
+            int8_t *to = out + q * pairs * 2 * NR;
+            auto put = [&](long p, int h, int lane, auto v) {
+                float r = std::nearbyint(to_float(v) * inverse[lane]);
+                to[(p * 2 + h) * NR + lane] = (int8_t)std::min(127.0f, std::max(-127.0f, r));
+            };
+            if (w_bf16) pack_panel((const bf16 *)w, ldw, n, k, q, put);
+            else pack_panel((const float *)w, ldw, n, k, q, put);
+        }
+    });
+}
+
+// Rows of a packed bf16 or fp32 weight, unpacked: out[i] = w[ids[i]]. Returns 1 when an id is out of range.
+KC_API int kc_unpack_rows(const void *w, int format, const int64_t *ids, long count, void *out, long n, long k) {
+    long pairs = (k + 1) / 2;
+    for (long i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= n) return 1;
+    parallel_ranges(count, std::max<long>(1, 16384 / k), [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) {
+            long q = ids[i] / NR, lane = ids[i] % NR;
+            if (format == kBf16) {
+                const uint32_t *from = (const uint32_t *)w + q * pairs * NR + lane;
+                uint16_t *to = (uint16_t *)out + i * k;
+                for (long j = 0; j < k; ++j) to[j] = (uint16_t)(from[j / 2 * NR] >> (j % 2 * 16));
+            } else {
+                const float *from = (const float *)w + q * pairs * 2 * NR + lane;
+                for (long j = 0; j < k; ++j) ((float *)out)[i * k + j] = from[j * NR];
+            }
+        }
+    });
+    return 0;
+}

@@ -1,0 +1,74 @@
+// The register tile shared by the matrix products of linear layers and attention:
+// acc[MR rows][NV vectors] += A[MR][k] * B[k][NV * W], one accumulator per output, k in ascending order.
+#pragma once
+#include "simd.h"
+
+namespace kc {
+
+// A source yields the rows of B two at a time ("a pair": k = 2p and 2p + 1). kStride is what one pair occupies, in
+// units of Item; row(h) is the half h of a pair for vector v, as floats.
+
+template <int NV> struct Bf16Source {  // u32 lanes: (k = 2p in the low half, 2p + 1 in the high half)
+    using Item = uint32_t;
+    static constexpr int kStride = NV * W;
+    static constexpr bool kDot = false;
+    template <int H> KC_INLINE vf row(const Item *b, int v) {
+        vu u = *(const vu_mem *)(b + v * W);
+        return H ? (vf)(u & 0xffff0000u) : (vf)(u << 16);
+    }
+};
+
+template <int NV> struct Bf16DotSource : Bf16Source<NV> {  // the same bytes, multiplied pair by pair
+    static constexpr bool kDot = true;
+};
+
+template <int NV> struct F32Source {
+    using Item = float;
+    static constexpr int kStride = 2 * NV * W;
+    static constexpr bool kDot = false;
+    template <int H> KC_INLINE vf row(const Item *b, int v) { return load(b + (H * NV + v) * W); }
+};
+
+template <int NV> struct I8Source {
+    using Item = int8_t;
+    static constexpr int kStride = 2 * NV * W;
+    static constexpr bool kDot = false;
+    template <int H> KC_INLINE vf row(const Item *b, int v) {
+#if KC_WIDTH == 8 && defined(__AVX2__)
+        return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(b + (H * NV + v) * W))));
+#elif KC_WIDTH == 16 && defined(__AVX512F__)
+        return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + (H * NV + v) * W))));
+#else
+        return __builtin_convertvector((vb) * (const vb_mem *)(b + (H * NV + v) * W), vf);
+#endif
+    }
+};
+
+// One pair of k for NP panels of NV vectors. a points at the pair: A(i, h) = a[i * RS + h * KS].
+template <class Src, int MR, int NP, int NV, int RS, int KS>
+KC_INLINE void tile_pair(vf (&acc)[MR][NP * NV], const float *a, const typename Src::Item *b, ptrdiff_t panel) {
+    if constexpr (Src::kDot) {
+        KC_UNROLL for (int p = 0; p < NP; ++p) KC_UNROLL for (int v = 0; v < NV; ++v) {
+            vu w = *(const vu_mem *)(b + p * panel + v * W);
+            KC_UNROLL for (int i = 0; i < MR; ++i) {
+                uint32_t pair;
+                memcpy(&pair, a + i * RS, 4);
+                acc[i][p * NV + v] = dot_pair(acc[i][p * NV + v], pair - vu{}, w);
+            }
+        }
+    } else {
+        vf w[NP * NV];
+        KC_UNROLL for (int j = 0; j < NP * NV; ++j) w[j] = Src::template row<0>(b + (j / NV) * panel, j % NV);
+        KC_UNROLL for (int i = 0; i < MR; ++i) {
+            vf x = splat(a[i * RS]);
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) acc[i][j] = fma(x, w[j], acc[i][j]);
+        }
+        KC_UNROLL for (int j = 0; j < NP * NV; ++j) w[j] = Src::template row<1>(b + (j / NV) * panel, j % NV);
+        KC_UNROLL for (int i = 0; i < MR; ++i) {
+            vf x = splat(a[i * RS + KS]);
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) acc[i][j] = fma(x, w[j], acc[i][j]);
+        }
+    }
+}
+
+}  // namespace kc

@@ -1,0 +1,61 @@
+"""Randomness as a function: the noise of a token depends on (key, position, token id) and on nothing else.
+
+The function is "gumbel-fmix32/1". All arithmetic is unsigned 32 bit and wraps; here it runs on int32 tensors, whose
+products wrap the same way and whose right shifts are masked to be logical. A draw is the argmax over the allowed tokens of
+logits / temperature + noise (Gumbel-max), which samples the softmax of logits / temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAME = "gumbel-fmix32/1"
+
+
+def _i32(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+GOLDEN, SECOND = _i32(0x9E3779B9), _i32(0x7F4A7C15)
+MIX1, MIX2 = _i32(0x85EBCA6B), _i32(0xC2B2AE35)
+BELOW_ONE = 1.0 - 2.0**-24
+
+
+def split_key(key: int) -> tuple[int, int]:
+    """A 64-bit key as two int32 (low, high), the form in which slots keep it."""
+    return _i32(key & 0xFFFFFFFF), _i32(key >> 32 & 0xFFFFFFFF)
+
+
+def _shift_xor_(x: Tensor, bits: int) -> Tensor:
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _fmix(x: Tensor) -> Tensor:
+    x = _shift_xor_(x.clone(), 16).mul_(MIX1)
+    x = _shift_xor_(x, 13).mul_(MIX2)
+    return _shift_xor_(x, 16)
+
+
+def token_bits(key: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """The 32 random bits of every token: key [n, 2] int32, position [n] → int32 [n, V]."""
+    a = _fmix(key[:, 0] ^ _fmix(position.to(torch.int32) + GOLDEN))
+    b = _fmix(key[:, 1] ^ _fmix(a + SECOND))
+    token = torch.arange(vocab_size, dtype=torch.int32, device=key.device).mul_(GOLDEN)
+    x = _shift_xor_(token + a[:, None], 16).mul_(MIX1).bitwise_xor_(b[:, None])
+    x = _shift_xor_(x, 13).mul_(MIX2)
+    return _shift_xor_(x, 16)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise float32 from random bits of the same shape."""
+    # high and low half are exact in float32, so their sum is (x + 0.5) rounded once
+    high = (bits >> 16).bitwise_and_(0xFFFF).float().mul_(65536.0)
+    uniform = high.add_((bits & 0xFFFF).float().add_(0.5)).mul_(2.0**-32).clamp_(max=BELOW_ONE)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """One token a row: logits [n, V] float32 after temperature and filters (−inf: not allowed), key [n, 2] int32,
+    position [n] of the tokens that are drawn → int64 [n]."""
+    return gumbel(token_bits(key, position, logits.shape[1])).add_(logits).argmax(-1)

@@ -1,0 +1,237 @@
+"""From a plan and the slots' true state to the tensors of one step.
+
+What has the plan's shape (which row, which of its tokens, which logits rows) is numpy on the host; what depends on true
+counts or on tokens is gathered on the device, so that nothing here makes the host wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernel_core.nn.protocols import AttentionBatch, StepView
+from kernel_core.nn.slots import BlockTables, SlotTable
+from kernel_core.nn.transfer import upload, upload_columns
+from kernel_core.plan import KVGroup, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a step, on the host. T tokens: `row`, `index` (within the row), `draft` (its draft number, negative for
+    known tokens). N logits rows: `logits_row`, `logits_slot`, `logits_draft` (0: after the last known token, j: after
+    draft j), `logits_token` (index into the T tokens). `width`: most drafts a row."""
+
+    q_start: np.ndarray
+    row: np.ndarray
+    index: np.ndarray
+    draft: np.ndarray
+    logits_row: np.ndarray
+    logits_slot: np.ndarray
+    logits_draft: np.ndarray
+    logits_token: np.ndarray
+    width: int
+    max_q: int
+    max_kv: int
+
+
+def layout(plan: StepPlan) -> Layout:
+    """Lay out a plan of at least one row."""
+    rows, q, room = (np.asarray(a, np.int64) for a in (plan.rows, plan.q, plan.room))
+    q_start = np.concatenate([[0], np.cumsum(q)])
+    row = np.repeat(np.arange(len(q)), q)
+    index = np.arange(q_start[-1]) - q_start[row]
+    known = q - np.maximum(room - 1, 0)  # per row, its tokens that are not drafts
+    logits_row = np.repeat(np.arange(len(q)), room)
+    logits_draft = np.arange(len(logits_row)) - np.repeat(np.cumsum(room) - room, room)
+    return Layout(
+        q_start=q_start,
+        row=row,
+        index=index,
+        draft=index - known[row],
+        logits_row=logits_row,
+        logits_slot=rows[logits_row],
+        logits_draft=logits_draft,
+        logits_token=q_start[logits_row] + known[logits_row] - 1 + logits_draft,
+        width=max(int(room.max()) - 1, 0),
+        max_q=int(q.max()),
+        max_kv=int((np.asarray(plan.start) + q).max()),
+    )
+
+
+@dataclass(slots=True)
+class Step:
+    """One step on the device: the view plugins see, the groups' attention inputs, and what verification needs.
+
+    `known`, `computed` [R] are the counts before the step; `parents` [R, m]; `path` [R, m, m] bool: draft a is draft d or
+    before it on its path; `logits_token` [N]."""
+
+    plan: StepPlan
+    layout: Layout
+    view: StepView
+    attention: list[AttentionBatch]
+    known: Tensor
+    computed: Tensor
+    room: Tensor
+    parents: Tensor
+    path: Tensor
+    logits_token: Tensor
+
+
+def draft_paths(parents: Tensor, tree: bool) -> Tensor:
+    """parents [R, m] → [R, m, m] bool: entry (d, a) says that draft a is d itself or one that d continues."""
+    rows, width = parents.shape
+    if not tree:
+        return torch.ones(width, width, dtype=torch.bool, device=parents.device).tril().expand(rows, -1, -1)
+    path = torch.eye(width, dtype=torch.bool, device=parents.device).repeat(rows, 1, 1)
+    for d in range(1, width):
+        parent = parents[:, d].long()
+        inherited = path.gather(1, parent.clamp(min=0)[:, None, None].expand(-1, 1, width)).squeeze(1)
+        path[:, d] |= inherited & (parent >= 0)[:, None]
+    return path
+
+
+def ancestors(path: Tensor) -> Tensor:
+    """Paths [R, m, m] → [R, 1 + m, m] int32: for every place that decides a token, the drafts before it in path order,
+    padded with -1. A parent's number is smaller than its child's, so path order is ascending order."""
+    rows, width, _ = path.shape
+    out = torch.full((rows, 1 + width, width + 1), -1, dtype=torch.int32, device=path.device)
+    place = torch.where(path, path.cumsum(-1) - 1, width)
+    drafts = torch.arange(width, dtype=torch.int32, device=path.device).expand(rows, width, -1)
+    out[:, 1:].scatter_(2, place, drafts)
+    return out[..., :width]
+
+
+class StepInputBuilder:
+    """The runner part "step_inputs". `tree`: drafts may branch. Replaceable: anything with the same `build`."""
+
+    def __init__(self, slots: SlotTable, tables: BlockTables, groups: tuple[KVGroup, ...], tree: bool) -> None:
+        self.slots, self.tables, self.groups, self.tree = slots, tables, groups, tree
+
+    def build(self, plan: StepPlan) -> Step:
+        """Make the step's tensors from the slots as the steps before leave them. Rate: step."""
+        shape = layout(plan)
+        on = self._upload(plan, shape)
+        rows, state = on["rows"], self.slots
+        known, computed = state.known[rows], state.computed[rows]
+        width = np.arange(shape.width)
+        drafts = state.drafts[rows, : shape.width]
+        if shape.width:
+            within = upload(width, state.device)[None, :] < on["room"][:, None] - 1
+            drafts = torch.where(within, drafts, -1)
+        parents = state.parents[rows, : shape.width]
+        path = draft_paths(parents, self.tree)
+        token_ids, positions, absent = self._tokens(on, shape, known, computed, drafts, path)
+        view = self._view(on, shape, known, computed, token_ids, positions, drafts, path)
+        batches = self._attention(plan, on, shape, view, computed, absent, path)
+        return Step(plan, shape, view, batches, known, computed, on["room"], parents, path, on["logits_token"])
+
+    def _upload(self, plan: StepPlan, shape: Layout) -> dict[str, Tensor]:
+        names = ("q_start", "row", "index", "draft", "logits_row", "logits_slot", "logits_draft", "logits_token")
+        columns = {name: getattr(shape, name) for name in names}
+        columns |= {"rows": plan.rows, "q": plan.q, "room": plan.room, "write_from": plan.write_from}
+        return upload_columns(columns, self.slots.device)
+
+    def _tokens(
+        self, on: dict[str, Tensor], shape: Layout, known: Tensor, computed: Tensor, drafts: Tensor, path: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """→ token ids [T], logical positions [T], and which tokens are absent drafts (None: no drafts)."""
+        row = on["row"]
+        place = computed[row].long() + on["index"]
+        token_ids = self.slots.tokens[on["rows"][row], place.clamp(max=self.slots.max_len)].long()
+        if not shape.width:
+            return token_ids, place, None
+        number = on["draft"].clamp(min=0)
+        is_draft = on["draft"] >= 0
+        draft = drafts[row, number]
+        depth = path.sum(-1)[row, number] - 1
+        positions = torch.where(is_draft, known[row].long() + depth, place)
+        absent = is_draft & (draft < 0)
+        return torch.where(is_draft, draft.clamp(min=0), token_ids), positions, absent
+
+    def _view(
+        self,
+        on: dict[str, Tensor],
+        shape: Layout,
+        known: Tensor,
+        computed: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        drafts: Tensor,
+        path: Tensor,
+    ) -> StepView:
+        state, rows, row, after = self.slots, on["rows"], on["logits_row"], on["logits_draft"]
+        before = ancestors(path)[row, after]
+        return StepView(
+            rows=rows,
+            lens=(computed + on["q"]).int(),
+            next_token=state.tokens[rows, known.long() - 1].long(),
+            token_ids=token_ids,
+            positions=positions[None],
+            q_start=on["q_start"].int(),
+            slot=on["logits_slot"],
+            row=row,
+            draft_pos=after.int(),
+            position=known[row].long() + (before >= 0).sum(-1),
+            ancestors=before,
+            drafts=drafts,
+            history=state.tokens,
+            known=state.known,
+            num_prompt=state.num_prompt,
+        )
+
+    def _attention(
+        self,
+        plan: StepPlan,
+        on: dict[str, Tensor],
+        shape: Layout,
+        view: StepView,
+        computed: Tensor,
+        absent: Tensor | None,
+        path: Tensor,
+    ) -> list[AttentionBatch]:
+        row = on["row"]
+        place = computed[row].long() + on["index"]
+        masked = place < on["write_from"][row]
+        masked = masked if absent is None else masked | absent
+        branching = bool(self.tree and shape.width)
+        sees = self._tree_mask(on, shape, path) if branching else None
+        batches = []
+        for number, group in enumerate(self.groups):
+            table = self.tables.rows(number, view.rows, shape.max_kv)
+            kv_slots = self.tables.kv_slots(table, row, place).masked_fill_(masked, -1)
+            batches.append(
+                AttentionBatch(
+                    view.q_start,
+                    view.lens,
+                    table,
+                    kv_slots,
+                    group.block_size,
+                    shape.max_q,
+                    shape.max_kv,
+                    _near(sees, view, on, group.window),
+                    view.positions[0] if branching else None,
+                )
+            )
+        return batches
+
+    def _tree_mask(self, on: dict[str, Tensor], shape: Layout, path: Tensor) -> Tensor:
+        """[T, W] bool: known tokens are causal, a draft sees all known tokens and its own path."""
+        row, index, number = on["row"], on["index"], on["draft"]
+        other = torch.arange(shape.max_q, device=row.device)[None, :]
+        other_number = other - (index - number)[:, None]  # draft number of the row's token `other`
+        on_path = path[row[:, None], number.clamp(min=0)[:, None], other_number.clamp(min=0, max=shape.width - 1)]
+        is_draft = (number >= 0)[:, None]
+        return (other <= index[:, None]) & (~is_draft | (other_number < 0) | on_path)
+
+
+def _near(sees: Tensor | None, view: StepView, on: dict[str, Tensor], window: int | None) -> Tensor | None:
+    """A window is counted in logical positions, which differ from places where drafts branch."""
+    if sees is None or window is None:
+        return sees
+    other = torch.arange(sees.shape[1], device=sees.device)[None, :]
+    position = view.positions[0]
+    token = (on["q_start"][on["row"]][:, None] + other).clamp_(max=len(position) - 1)
+    return sees & (position[:, None] - position[token] < window)

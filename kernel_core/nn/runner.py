@@ -1,0 +1,355 @@
+"""One step on one rank: jobs and copies, step inputs, forward, host turn, sample and verify, propose.
+
+The runner is an assembly of parts; a device replaces a part by name (`Device.runner_parts`) and never copies the runner:
+
+    block_tables  (num_groups, max_slots, max_len, block_size, device) → like `slots.BlockTables`
+    step_inputs   (slots, tables, groups, tree) → like `inputs.StepInputBuilder`
+    graphs        (model) → callable Forward → hidden states, e.g. one that replays captured graphs
+    sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernel_core.errors import ConfigError, PluginError
+from kernel_core.nn.inputs import Layout, Step, StepInputBuilder
+from kernel_core.nn.kv import KVStore
+from kernel_core.nn.logprobs import LogprobColumns, prompt_logprobs
+from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, Model, StepInputs
+from kernel_core.nn.sampler import Sampled, Sampler
+from kernel_core.nn.slots import BlockTables, SlotTable
+from kernel_core.nn.transfer import Download
+from kernel_core.nn.transforms import MaskRows, Transforms
+from kernel_core.nn.verify import Verified, compaction, verify
+from kernel_core.plan import Ack, Allocation, Job, Logprobs, StepPlan, StepResult
+
+PARTS: Mapping[str, Callable[..., Any]] = {
+    "block_tables": BlockTables,
+    "step_inputs": StepInputBuilder,
+    "graphs": lambda model: model,
+    "sampler": Sampler,
+}
+UNUSABLE = "the model gave NaN, or no token is allowed"
+Jobs = Mapping[str, Callable[[bytes], bytes]]  # by plugin: what its worker part does with a job
+
+
+@dataclass(slots=True)
+class Pending:
+    """A submitted step; `result()` waits for it."""
+
+    runner: Runner
+    plan: StepPlan
+    layout: Layout | None = None
+    download: Download | None = None
+    logprobs: LogprobColumns | None = None
+    prompt: LogprobColumns | None = None
+    acks: tuple[Ack, ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] | None = None
+
+    def wait(self) -> dict[str, np.ndarray]:
+        """The step's host arrays. Called in order of submission."""
+        if self.arrays is None:
+            self.arrays = self.download.arrays() if self.download else {}
+        return self.arrays
+
+    def result(self) -> StepResult:
+        self.runner.settle(self)
+        host, empty = self.wait(), np.zeros(0, np.int32)
+        if self.layout is None:
+            nothing = np.zeros(1, np.int32)
+            return StepResult(self.plan.plan_id, empty, nothing, empty, empty, empty, empty, acks=self.acks, timings=self.timings)
+        tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
+        count, accepted, drafted, computed, drafts = numbers
+        kept = np.arange(tokens.shape[1]) < count[:, None]
+        slots = self.plan.rows
+        return StepResult(
+            self.plan.plan_id,
+            tokens=tokens[kept],
+            offsets=np.concatenate([[0], np.cumsum(count)]).astype(np.int32),
+            computed=computed,
+            drafted=drafted,
+            accepted=accepted,
+            drafts=drafts,
+            logprobs=self._logprobs(host, count),
+            prompt_logprobs=self._prompt_logprobs(host),
+            acks=self.acks,
+            failed=tuple((int(slots[r]), UNUSABLE) for r in np.flatnonzero(bad)),
+            timings=self.timings,
+        )
+
+    def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
+        """Those of the places that the accepted path went through, in path order."""
+        if self.logprobs is None:
+            return None
+        row, draft = self.logprobs.row, self.layout.logits_draft[self.logprobs.where]
+        order = host["order"][row, draft]  # how many drafts were accepted before this place, -1: not on the path
+        return self.logprobs.collect(host, "logprobs.", (order >= 0) & (order < count[row]), host["known"][row] + order)
+
+    def _prompt_logprobs(self, host: Mapping[str, np.ndarray]) -> Logprobs | None:
+        if self.prompt is None:
+            return None
+        return self.prompt.collect(host, "prompt.", np.ones(len(self.prompt.row), bool), self.prompt.where)
+
+
+class Runner:
+    """Runs plans in order. The slots' true state lives on the device, so a plan may be submitted before the results of
+    the ones before it are read."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVStore,
+        allocation: Allocation,
+        *,
+        vocab_size: int,
+        logprobs_mode: str = "raw_logprobs",
+        transforms: Sequence[LogitsTransform] = (),
+        step_inputs: Sequence[StepInputs] = (),
+        drafter: Drafter | None = None,
+        jobs: Jobs | None = None,
+        parts: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        parts = _assemble(parts or {})
+        width, slots, length = allocation.draft_width, allocation.max_slots, allocation.max_model_len
+        self.model, self.kv, self.device, self.vocab_size = model, kv, kv.device, vocab_size
+        self.slots = SlotTable(slots, length, width, self.device)
+        block_size = kv.groups[0].block_size if kv.groups else 1
+        self.tables = parts["block_tables"](len(kv.groups), slots, length + width, block_size, self.device)
+        self.tree = bool(drafter and drafter.tree)
+        self.inputs = parts["step_inputs"](self.slots, self.tables, kv.groups, self.tree)
+        self.graphs = parts["graphs"](model)
+        self.sampler = parts["sampler"](self.slots, vocab_size, logprobs_mode)
+        self.mode, self.drafter, self.jobs = logprobs_mode, drafter, jobs or {}
+        self.transforms = Transforms(transforms, slots, width, vocab_size)
+        self.step_inputs = _owned(step_inputs)
+        self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
+
+    # ---- the step
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> Pending:
+        """Start a step. On a device that runs by itself nothing here waits for it, but for host transforms and drafters."""
+        clock = _Clock()
+        acks = self._apply(plan)
+        if not len(plan.rows):
+            return Pending(self, plan, acks=acks, timings=clock.done())
+        step = self.inputs.build(plan)
+        forward = self._forward_arguments(step)
+        clock.lap("inputs")
+        hidden = self.graphs(forward)
+        clock.lap("forward")
+        prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.mode, self.vocab_size)
+        masks = self._host_turn(step.layout)
+        sampled = self._sample(step, hidden, masks)
+        verified = self._verify(step, sampled)
+        clock.lap("sample")
+        waiting = self._propose(step, verified, hidden, forward.taps)
+        clock.lap("propose")
+        download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
+        logprobs = sampled.logprobs if sampled else None
+        pending = Pending(self, plan, step.layout, download, logprobs, prompt, acks, clock.done())
+        if self.transforms.has_host:
+            self._unsettled.append(pending)
+        return pending
+
+    def settle(self, pending: Pending) -> None:
+        """Let host transforms learn of all steps up to this one."""
+        while self._unsettled and self._unsettled[0].plan.plan_id <= pending.plan.plan_id:
+            self._learn(self._unsettled.pop(0))
+
+    def _learn(self, pending: Pending) -> None:
+        for row, slot in enumerate(pending.plan.rows.tolist()):
+            if self.transforms.watches_on_host(slot):
+                host = pending.wait()
+                gained = host["tokens"][row, : host["numbers"][0, row]]
+                self.transforms.learn(slot, gained, host["drafts"][row], host["parents"][row])
+
+    # ---- before the forward
+
+    def _apply(self, plan: StepPlan) -> tuple[Ack, ...]:
+        """Closed and opened slots, new blocks, jobs, copies."""
+        if plan.encode or plan.payloads:
+            raise PluginError("the plan carries encoder work or step payloads, and no part of this worker takes them")
+        if len(plan.closed) or plan.opened:
+            self._settle_all()
+            self._open_and_close(plan)
+        self.tables.update(plan.new_blocks)
+        acks = tuple(self._run_job(job) for job in plan.jobs)
+        self.kv.copy_planned(plan.copies)
+        return acks
+
+    def _settle_all(self) -> None:
+        if self._unsettled:
+            self.settle(self._unsettled[-1])
+
+    def _open_and_close(self, plan: StepPlan) -> None:
+        listeners = [*self.step_inputs, *([self.drafter] if self.drafter else [])]
+        for slot in plan.closed.tolist():
+            self.transforms.close(slot)
+            for part in listeners:
+                part.closed(slot)
+        if plan.opened:
+            self.slots.open(plan.opened)
+            self.tables.open(np.array([item.slot for item in plan.opened]))
+        for item in plan.opened:
+            self.transforms.open(item)
+            for part in listeners:
+                part.opened(item)
+
+    def _run_job(self, job: Job) -> Ack:
+        handler = self.jobs.get(job.plugin)
+        if handler is None:
+            return Ack(job.plugin, job.key, f"plugin {job.plugin!r} takes no jobs: it registers no call named 'job'")
+        try:
+            handler(job.data)
+        except Exception as error:  # noqa: BLE001 - a failed job ends its request, not the worker
+            return Ack(job.plugin, job.key, f"{type(error).__name__}: {error}")
+        return Ack(job.plugin, job.key)
+
+    def _forward_arguments(self, step: Step) -> Forward:
+        named: dict[str, Tensor] = {}
+        for owner in self.step_inputs:
+            named.update(owner.fill(step.view))
+        step.view.positions = named.pop("positions", step.view.positions)
+        positions = step.view.positions
+        return Forward(
+            token_ids=step.view.token_ids,
+            positions=positions[0] if positions.dim() == 2 and len(positions) == 1 else positions,
+            kv=self.kv.kv,
+            attention=self.kv.plans(step.attention),
+            inputs=named,
+        )
+
+    # ---- after the forward
+
+    def _host_turn(self, layout: Layout) -> list[MaskRows]:
+        """Host transforms see what the steps before did; only slots that they watch make the host wait."""
+        if not self.transforms.active(layout.logits_slot, host=True):
+            return []
+        self._settle_all()
+        return self.transforms.host_turn(layout)
+
+    def _sample(self, step: Step, hidden: Tensor, masks: Sequence[MaskRows]) -> Sampled | None:
+        layout = step.layout
+        if not len(layout.logits_row):
+            return None
+        logits = self.model.logits(hidden[step.logits_token])
+        asked = self.slots.host["logprobs"][layout.logits_slot] >= 0
+        greedy = self.slots.host["temperature"][layout.logits_slot] == 0
+        only_argmax = greedy & ~asked if self.mode.startswith("processed") else greedy
+        return self.sampler(logits, step.view, layout, self.transforms.step(layout, masks, only_argmax))
+
+    def _verify(self, step: Step, sampled: Sampled | None) -> Verified:
+        """Walk the drafts, enter the new tokens and counts into the slots, compact the KV of accepted tree paths."""
+        rows, width = len(step.plan.rows), step.layout.width
+        draws = torch.full((rows, 1 + width), -1, dtype=torch.int64, device=self.device)
+        bad = torch.zeros(rows, 1 + width, dtype=torch.bool, device=self.device)
+        if sampled is not None:
+            place = (step.view.row, step.view.draft_pos.long())
+            draws[place], bad[place] = sampled.draws, sampled.bad
+        verified = verify(step.view.drafts, step.parents, draws, bad, step.room > 0)
+        if self.tree and width:
+            self._compact(step, verified)
+        self._advance(step, verified)
+        return verified
+
+    def _compact(self, step: Step, verified: Verified) -> None:
+        src, dst = compaction(verified.path, step.known)
+        row = torch.arange(len(src), device=self.device).repeat_interleave(src.shape[1])
+        moved = (src != dst).flatten()
+        for number, batch in enumerate(step.attention):
+            slots = [self.tables.kv_slots(batch.block_table, row, p.flatten()) for p in (src, dst)]
+            self.kv.copy(number, *(torch.where(moved, s, 0) for s in slots))
+
+    def _advance(self, step: Step, verified: Verified) -> None:
+        rows, count = step.view.rows, verified.count
+        order = torch.arange(verified.tokens.shape[1], device=self.device)
+        place = torch.where(order < count[:, None], step.known[:, None] + order, self.slots.max_len)
+        place = place.clamp_(max=self.slots.max_len)
+        self.slots.tokens[rows[:, None], place.long()] = verified.tokens.int()
+        q = torch.where(step.room > 0, step.known - step.computed + verified.accepted, step.view.lens - step.computed)
+        self.slots.computed[rows] = (step.computed + q).int()
+        self.slots.known[rows] = (step.known + count).int()
+
+    def _propose(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> Tensor | None:
+        """Ask the drafter, keep what it says in the slots → drafts waiting per row."""
+        if self.drafter is None:
+            return None
+        rows, known = step.view.rows, self.slots.known[step.view.rows]
+        last = self.slots.tokens[rows, known.long() - 1].long()
+        wanted = (self.slots.max_len - known - 1).clamp(0, self.slots.draft_width) * (step.room > 0)
+        view = DraftView(step.view, verified.accepted.int(), last, hidden, taps, wanted.int())
+        tokens, parents, count = self.drafter.propose(view)
+        number = torch.arange(self.slots.draft_width, device=self.device)
+        live = (number < count[:, None]) & (number < wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
+        self.slots.drafts[rows] = torch.where(live, tokens, -1)
+        self.slots.parents[rows] = parents.int() if self.tree else self.slots.chain
+        return live.sum(-1)
+
+    def _report(
+        self, step: Step, verified: Verified, waiting: Tensor | None, sampled: Sampled | None, prompt: LogprobColumns | None
+    ) -> dict[str, Tensor]:
+        """The device tensors that the result is made of; a broken row reports no tokens."""
+        rows = step.view.rows
+        count = verified.count.masked_fill(verified.bad, 0)
+        drafted = (step.view.drafts >= 0).sum(-1)
+        waiting = torch.zeros_like(count) if waiting is None else waiting
+        accepted = verified.accepted.masked_fill(verified.bad, 0)
+        numbers = torch.stack([count, accepted, drafted, self.slots.computed[rows], waiting]).int()
+        out = {"tokens": verified.tokens.int(), "numbers": numbers, "bad": verified.bad}
+        if sampled is not None and sampled.logprobs is not None:
+            out |= sampled.logprobs.tensors("logprobs.") | {"known": step.known, "order": _path_order(verified.path)}
+        if prompt is not None:
+            out |= prompt.tensors("prompt.")
+        if self.transforms.has_host:
+            out |= {"drafts": self.slots.drafts[rows], "parents": self.slots.parents[rows]}
+        return out
+
+
+def _path_order(path: Tensor) -> Tensor:
+    """path [R, m] → [R, 1 + m]: how many drafts were accepted up to each place, -1: not on the path."""
+    rows, width = path.shape
+    order = torch.full((rows, 2 + width), -1, dtype=torch.int64, device=path.device)
+    order[:, 0] = 0
+    place = torch.where(path >= 0, path + 1, 1 + width)
+    order.scatter_(1, place, torch.arange(1, width + 1, device=path.device).expand(rows, -1))
+    return order[:, : 1 + width]
+
+
+def _assemble(replaced: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    unknown = set(replaced) - set(PARTS)
+    if unknown:
+        raise PluginError(f"the device replaces runner parts {sorted(unknown)}; there are only {sorted(PARTS)}")
+    return {**PARTS, **replaced}
+
+
+def _owned(step_inputs: Sequence[StepInputs]) -> Sequence[StepInputs]:
+    names = [name for owner in step_inputs for name in owner.names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two plugins own the step inputs {twice}; a name has one owner")
+    return step_inputs
+
+
+class _Clock:
+    """Host seconds of the phases of a step; on a device that runs by itself, the seconds of launching them."""
+
+    def __init__(self) -> None:
+        self._start = self._last = perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def done(self) -> dict[str, float]:
+        return {**self._laps, "total": perf_counter() - self._start}

@@ -1,0 +1,226 @@
+"""One rank: opens the device, builds the model, allocates what the kernel decides, and runs plans.
+
+`start` → `allocate` → many `submit` (or `run`) → `close`. Everything is made from the frozen plan, so that every rank of
+an engine, in whatever process, comes out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kernel_core.contexts import BuildContext, ModelInfo
+from kernel_core.errors import CapacityError, ConfigError, PluginError
+from kernel_core.nn.kv import AttentionChoice, KVStore, attention_specs, choose_block_size, kv_groups
+from kernel_core.nn.memory import activation_bytes, split_memory, weight_bytes
+from kernel_core.nn.protocols import Device, Drafter, ModelContext, WorkerContext
+from kernel_core.nn.reference_attention import ReferenceAttention
+from kernel_core.nn.runner import Pending, Runner
+from kernel_core.plan import Allocation, Capabilities, StepPlan, StepResult, WorkerReport
+from kernel_core.protocols import Call
+from kernel_core.registry import Registry, find_family
+from kernel_core.resolver import ResolvedPlan
+
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+JOB = "job"  # the registered call that takes a plugin's jobs
+
+
+class Worker:
+    """Made in the process of its rank; `rank` of `world_size`."""
+
+    def __init__(self, plan: ResolvedPlan, model: ModelInfo, rank: int = 0, world_size: int = 1) -> None:
+        self.plan, self.info, self.rank, self.world_size = plan, model, rank, world_size
+        self.engine = plan.config.engine
+        self.registry: Registry | None = None
+        self.device: Device | None = None
+        self.runner: Runner | None = None
+        self.drafter: Drafter | None = None
+        self._calls: dict[str, Call] = {}
+        self._timings: dict[str, float] = {}
+
+    # ---- start
+
+    def start(self) -> WorkerReport:
+        """Open the device, build the model and load its weights, measure memory. Rate: build. Raises ConfigError,
+        PluginError, CapacityError."""
+        self.registry = Registry(self.plan, "worker", self.info)
+        self.device = self._timed("device", self._open_device)
+        self.capabilities = self.device.capabilities()
+        self.dtype = choose_dtype(self.engine.dtype, self.info.config, self.capabilities)
+        self.vocab_size = int(model_number(self.info.config, ("vocab_size",)))
+        limit = self.engine.max_model_len
+        self.made_for = int(model_number(self.info.config, LENGTH_KEYS, None if limit == "auto" else limit))
+        self._size(self.engine.max_requests, self.made_for if limit == "auto" else limit, self.engine.max_tokens_per_step)
+        self.block_size = choose_block_size(self.engine.block_size, self.capabilities, self.max_model_len)
+        self.model = self._timed("model", self._build_model)
+        self.drafter = self._one("make_drafter")
+        self._register_calls()
+        return self._report()
+
+    def _open_device(self) -> Device:
+        answers = self.registry.call("make_device", self._build_context, rank=self.rank, world_size=self.world_size)
+        if len(answers) != 1:
+            raise PluginError(f"one device must answer make_device, got {[name for name, _ in answers]}")
+        return answers[0][1]
+
+    def _build_model(self) -> torch.nn.Module:
+        from kernel_core.nn.loading import build_model
+        from kernel_core.nn.ops import Ops
+
+        self.ops = Ops()
+        self.registry.call("register_ops", self.context, ops=self.ops)
+        offered = [b for _, backends in self.registry.call("make_attention", self.context) for b in backends]
+        reference = ReferenceAttention(self.device.torch_device)
+        self.attention = AttentionChoice([*offered, reference], self.dtype, self.block_size)
+        context = ModelContext(
+            info=self.info,
+            config=self.plan.config,
+            dtype=self.dtype,
+            device=self.device.torch_device,
+            ops=self.ops,
+            attention=self.attention,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return build_model(find_family(self.info.architecture), context, self.registry)
+
+    def _report(self) -> WorkerReport:
+        specs = attention_specs(self.model)
+        unknown = {spec.kind for spec in specs} - set(self.capabilities.attention_kinds)
+        if unknown:
+            raise ConfigError(f"the model has {sorted(unknown)} attention, the device {self.capabilities.attention_kinds}")
+        self.specs = specs
+        self.groups = kv_groups(specs, self.attention, self.dtype, self.block_size)
+        width = self.drafter.width if self.drafter else 0
+        rows = self.engine.max_requests * (1 + width)
+        activations = activation_bytes(self.model, self.dtype, self.engine.max_tokens_per_step, rows, self.vocab_size)
+        self.memory = split_memory(self.engine, self.device.memory(), weight_bytes(self.model), activations)
+        return WorkerReport(
+            groups=self.groups,
+            kv_budget_bytes=self.memory.kv,
+            capabilities=self.capabilities,
+            vocab_size=self.vocab_size,
+            max_model_len=self.made_for,
+            draft_width=width,
+            drafter_needs_host=bool(self.drafter and self.drafter.needs_host),
+            memory=self.memory.as_mapping(),
+            timings=dict(self._timings),
+        )
+
+    # ---- allocate and run
+
+    def allocate(self, allocation: Allocation) -> None:
+        """Allocate KV and slots and assemble the runner. Rate: build. Raises CapacityError."""
+        self._size(allocation.max_slots, allocation.max_model_len, allocation.max_tokens_per_step)
+        kv = KVStore(
+            self.specs, self.groups, allocation.num_blocks, self.attention, self.dtype, self.device.torch_device
+        )
+        transforms = [t for _, made in self._all("make_logits_transform") for t in made]
+        self.runner = Runner(
+            self.model,
+            kv,
+            allocation,
+            vocab_size=self.vocab_size,
+            logprobs_mode=self.engine.logprobs_mode,
+            transforms=transforms,
+            step_inputs=[made for _, made in self._all("make_step_inputs")],
+            drafter=self.drafter,
+            jobs={name.removesuffix("." + JOB): call for name, call in self._calls.items() if name.endswith("." + JOB)},
+            parts=self.device.runner_parts(),
+        )
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Start a step. Where the device declares `async_submit` this returns while it runs. Rate: step."""
+        if self.runner is None:
+            raise CapacityError("the worker has no KV yet: call allocate() before the first step")
+        return self.runner.submit(plan)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Run a step to its end. Rate: step."""
+        return self.submit(plan).result()
+
+    def call(self, method: str, payload: bytes) -> bytes:
+        """Run the registered call "plugin.name". Rate: rare, between steps. Raises PluginError for an unknown one."""
+        handler = self._calls.get(method)
+        if handler is None:
+            raise PluginError(f"no enabled plugin registered the call {method!r}; there are {sorted(self._calls)}")
+        return handler(payload)
+
+    def close(self) -> None:
+        """Let go of model, KV and device; idempotent."""
+        self.runner = self.drafter = None
+        self.model = None
+        for part in (self.registry, self.device):
+            if part is not None:
+                part.close()
+        self.registry = self.device = None
+
+    # ---- contexts
+
+    def _size(self, max_slots: int, max_model_len: int, max_tokens_per_step: int) -> None:
+        self.max_slots, self.max_model_len, self.max_tokens_per_step = max_slots, max_model_len, max_tokens_per_step
+
+    def _build_context(self, plugin: str) -> BuildContext:
+        return self.registry.context(plugin)
+
+    def context(self, plugin: str) -> WorkerContext:
+        """The worker context of a plugin, with the sizes as far as they are settled."""
+        base = self.registry.context(plugin)
+        return WorkerContext(
+            **{f.name: getattr(base, f.name) for f in fields(BuildContext)},
+            device=self.device.torch_device,
+            dtype=self.dtype,
+            rank=self.rank,
+            world_size=self.world_size,
+            vocab_size=self.vocab_size,
+            max_slots=self.max_slots,
+            max_model_len=self.max_model_len,
+            max_tokens_per_step=self.max_tokens_per_step,
+        )
+
+    def _all(self, hook: str) -> list[tuple[str, Any]]:
+        return self.registry.call(hook, self.context)
+
+    def _one(self, hook: str) -> Any | None:
+        return next((answer for _, answer in self._all(hook)), None)
+
+    def _register_calls(self) -> None:
+        for plugin, calls in self.registry.call("register_calls", self._build_context):
+            self._calls.update({f"{plugin}.{name}": call for name, call in calls.items()})
+
+    def _timed(self, name: str, function: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        result = function()
+        self._timings[name] = perf_counter() - start
+        return result
+
+
+def model_number(config: Mapping[str, Any], names: tuple[str, ...], default: Any = None) -> Any:
+    """The first of `names` that the checkpoint's config (or its text part) states. Raises ConfigError without a default."""
+    for part in (config, config.get("text_config") or {}):
+        for name in names:
+            if part.get(name) is not None:
+                return part[name]
+    if default is None:
+        raise ConfigError(f"the checkpoint's config.json states none of {names}; set engine.max_model_len")
+    return default
+
+
+def choose_dtype(asked: str, config: Mapping[str, Any], capabilities: Capabilities) -> torch.dtype:
+    """The compute dtype: as asked, or the checkpoint's where the device has it, else the nearest it has, else float32."""
+    if asked != "auto":
+        if asked not in capabilities.dtypes:
+            raise ConfigError(f"engine.dtype = {asked!r}: this device computes in {capabilities.dtypes}")
+        return getattr(torch, asked)
+    text = config.get("text_config") or {}
+    stated = next((c[k] for c in (config, text) for k in ("dtype", "torch_dtype") if c.get(k)), "float32")
+    stated = str(stated).removeprefix("torch.")
+    half = ("bfloat16", "float16") if stated != "float32" else ()
+    for name in (stated, *half, "float32"):
+        if name in capabilities.dtypes:
+            return getattr(torch, name)
+    return getattr(torch, capabilities.dtypes[0])

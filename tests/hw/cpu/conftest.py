@@ -1,0 +1,48 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("kernel_cpu") is None:
+    sys.path.insert(0, str(Path(__file__).parents[3] / "hw" / "cpu"))
+
+# The AVX-512 layouts and the products of bf16 pairs, run on any machine.
+WIDE = ("-march=native", "-O1", "-DKC_WIDTH=16", "-DKC_EMULATE_DOT")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: compiles variants of the kernels; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in (config.getoption("-m") or ""):
+        return
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=["native", pytest.param("wide", marks=pytest.mark.slow), "plain"])
+def kernels(request, monkeypatch):
+    """Every implementation in turn: of this machine, 16 floats wide with bf16 pair products, and without a compiler."""
+    from kernel_cpu import build
+
+    compiler = build.find_compiler()
+    if request.param == "plain":
+        monkeypatch.setattr(build, "library", lambda: None)
+    elif compiler is None:
+        pytest.skip("no compiler")
+    elif request.param == "wide":
+        library = build.open_library(build.build(compiler, flags=WIDE))
+        assert library.kc_simd_width() == 16 and library.kc_has_dot()
+        monkeypatch.setattr(build, "library", lambda: library)
+    return request.param
