@@ -1,4 +1,8 @@
-"""Everything a plugin may import from the kernel without torch."""
+"""Everything a plugin may import from the kernel without torch. The faces are loaded when they are first used: light
+entry-point modules import this module, and must stay light."""
+
+from importlib import import_module as _import
+from typing import TYPE_CHECKING as _CHECKING
 
 from kernel_core.config import EngineConfig, KernelConfig
 from kernel_core.contexts import BuildContext, EngineContext, ModelInfo
@@ -44,4 +48,27 @@ from kernel_core.request import (
 )
 from kernel_core.wire import decode, encode
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+if _CHECKING:
+    from kernel_core.async_engine import AsyncEngine
+    from kernel_core.engine import Engine
+    from kernel_core.llm import LLM
+    from kernel_core.sampling_arguments import add_sampling_arguments, sampling_from_arguments
+    from kernel_core.settings import config_from_arguments
+
+_FACES = {
+    "AsyncEngine": "async_engine",
+    "Engine": "engine",
+    "LLM": "llm",
+    "add_sampling_arguments": "sampling_arguments",
+    "sampling_from_arguments": "sampling_arguments",
+    "config_from_arguments": "settings",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import(f"kernel_core.{_FACES[name]}"), name)
+
+
+__all__ = [name for name in (*dir(), *_FACES) if not name.startswith("_")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 @dataclass(slots=True)
 class StepHandle:
     """A submitted step: the result, or how to wait for it."""

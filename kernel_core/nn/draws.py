@@ -47,12 +47,16 @@ def token_bits(key: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     return _shift_xor_(x, 16)
 
 
+def uniform(bits: Tensor) -> Tensor:
+    """(x + 0.5) / 2^32 of random bits x as float32, rounded once, at most 1 - 2^-24."""
+    # high and low half are exact in float32, so only their sum is rounded
+    high = (bits >> 16).bitwise_and_(0xFFFF).float().mul_(65536.0)
+    return high.add_((bits & 0xFFFF).float().add_(0.5)).mul_(2.0**-32).clamp_(max=BELOW_ONE)
+
+
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise float32 from random bits of the same shape."""
-    # high and low half are exact in float32, so their sum is (x + 0.5) rounded once
-    high = (bits >> 16).bitwise_and_(0xFFFF).float().mul_(65536.0)
-    uniform = high.add_((bits & 0xFFFF).float().add_(0.5)).mul_(2.0**-32).clamp_(max=BELOW_ONE)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return uniform(bits).neg_().log1p_().neg_().log_().neg_()
 
 
 def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:

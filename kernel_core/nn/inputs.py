@@ -163,7 +163,7 @@ class StepInputBuilder:
         path: Tensor,
     ) -> StepView:
         state, rows, row, after = self.slots, on["rows"], on["logits_row"], on["logits_draft"]
-        before = ancestors(path)[row, after]
+        before = ancestors(path)[row, after] if shape.width else known.new_zeros(len(row), 0)
         return StepView(
             rows=rows,
             lens=(computed + on["q"]).int(),
@@ -174,12 +174,14 @@ class StepInputBuilder:
             slot=on["logits_slot"],
             row=row,
             draft_pos=after.int(),
-            position=known[row].long() + (before >= 0).sum(-1),
+            position=known[row].long() + (before >= 0).sum(-1) if shape.width else known[row].long(),
             ancestors=before,
             drafts=drafts,
             history=state.tokens,
             known=state.known,
             num_prompt=state.num_prompt,
+            host_slot=shape.logits_slot,
+            max_len=min(shape.max_kv, state.max_len),
         )
 
     def _attention(

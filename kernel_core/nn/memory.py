@@ -19,7 +19,7 @@ LIVE_LOGITS = 4  # float32 copies of the sampled rows' logits
 
 
 def parse_bytes(text: str) -> int:
-    """"2GiB", "512 MB", "1000" → bytes. Raises ConfigError."""
+    """ "2GiB", "512 MB", "1000" → bytes. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not match or match[2] not in UNITS:
         raise ConfigError(f"engine.kv_memory = {text!r} is no size; write it as 2GiB or 500MB")

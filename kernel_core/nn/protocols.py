@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernel_core.config import KernelConfig
 from kernel_core.contexts import BuildContext, ModelInfo
-from kernel_core.plan import Capabilities, Opened
+from kernel_core.plan import Allocation, Capabilities, Opened, StepPlan, StepResult, WorkerReport
 
 # ---- attention and KV --------------------------------------------------------------------------------------------
 
@@ -231,6 +231,8 @@ class StepView:
     history: Tensor  # [S, L] int32 token table
     known: Tensor  # [S] int32
     num_prompt: Tensor  # [S] int32
+    host_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [N] `slot` on the host
+    max_len: int = 0  # host upper bound of `lens`, and of `known` of the rows
 
 
 @dataclass(slots=True)
@@ -347,6 +349,17 @@ class Device(Protocol):
         """Wait for everything submitted. Rate: step at most."""
         ...
 
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Rank(Protocol):
+    """The worker of one rank, as executors drive it: `start` → `allocate` → many `run` → `close`, by one thread."""
+
+    def start(self) -> WorkerReport: ...
+    def allocate(self, allocation: Allocation) -> None: ...
+    def run(self, plan: StepPlan) -> StepResult: ...
+    def call(self, method: str, payload: bytes) -> bytes: ...
     def close(self) -> None: ...
 
 

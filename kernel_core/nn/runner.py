@@ -250,17 +250,24 @@ class Runner:
 
     def _verify(self, step: Step, sampled: Sampled | None) -> Verified:
         """Walk the drafts, enter the new tokens and counts into the slots, compact the KV of accepted tree paths."""
+        draws, bad = self._by_row(step, sampled)
+        verified = verify(step.view.drafts, step.parents, draws, bad, step.room > 0)
+        if self.tree and step.layout.width:
+            self._compact(step, verified)
+        self._advance(step, verified)
+        return verified
+
+    def _by_row(self, step: Step, sampled: Sampled | None) -> tuple[Tensor, Tensor]:
+        """Draws and whether they are bad as [R, 1 + m], by the place that decided them."""
         rows, width = len(step.plan.rows), step.layout.width
+        if sampled is not None and not width and len(step.layout.logits_row) == rows:
+            return sampled.draws[:, None], sampled.bad[:, None]
         draws = torch.full((rows, 1 + width), -1, dtype=torch.int64, device=self.device)
         bad = torch.zeros(rows, 1 + width, dtype=torch.bool, device=self.device)
         if sampled is not None:
             place = (step.view.row, step.view.draft_pos.long())
             draws[place], bad[place] = sampled.draws, sampled.bad
-        verified = verify(step.view.drafts, step.parents, draws, bad, step.room > 0)
-        if self.tree and width:
-            self._compact(step, verified)
-        self._advance(step, verified)
-        return verified
+        return draws, bad
 
     def _compact(self, step: Step, verified: Verified) -> None:
         src, dst = compaction(verified.path, step.known)

@@ -21,7 +21,8 @@ from kernel_core.nn.protocols import StepView
 from kernel_core.nn.slots import SlotTable
 from kernel_core.nn.transfer import upload
 
-ELEMENTS_AT_ONCE = 1 << 21  # logits that random draws work on at a time
+ELEMENTS_AT_ONCE = {True: 1 << 19, False: 1 << 26}  # logits that draws work on at a time: on a host device, a cache's worth
+FIRST_LOOK = 2048  # top_p rarely needs more tokens in order; where a host read is free it is tried before a full sort
 WEIGHT_ONE = 2.0**44  # the likeliest token's weight; 2^19 tokens of it fit in 63 bits
 
 Transform = Callable[[Tensor, StepView], Tensor]
@@ -42,6 +43,7 @@ class Sampler:
 
     def __init__(self, slots: SlotTable, vocab_size: int, logprobs_mode: str) -> None:
         self.slots, self.vocab_size, self.mode = slots, vocab_size, logprobs_mode
+        self._reads_are_free = slots.device.type == "cpu"
 
     def __call__(self, logits: Tensor, view: StepView, layout: Layout, transform: Transform | None) -> Sampled:
         """logits [N, V] in the model's dtype, may be overwritten. Rate: step."""
@@ -64,7 +66,7 @@ class Sampler:
         return logits[upload(rows, logits.device)].float()
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        size = max(1, ELEMENTS_AT_ONCE // self.vocab_size)
+        size = max(1, ELEMENTS_AT_ONCE[self._reads_are_free] // self.vocab_size)
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def _filtered(self, logits: Tensor, slot: Tensor, host_slot: np.ndarray) -> Tensor:
@@ -78,9 +80,20 @@ class Sampler:
         index = upload(np.flatnonzero(use), logits.device)
         part, slot = logits[index], slot[index]
         numbers = (self.slots.min_p[slot], self.slots.top_k[slot], self.slots.top_p[slot])
-        floor = lowest_kept(part, *numbers, _sort_width(host["top_k"], host["top_p"], self.vocab_size))
+        for width in self._widths(host["top_k"], host["top_p"]):
+            floor, enough = lowest_kept(part, *numbers, width)
+            if width == self.vocab_size or not self._reads_are_free or enough.all():
+                break
         logits[index] = part.masked_fill(part < floor, float("-inf"))
         return logits
+
+    def _widths(self, top_k: np.ndarray, top_p: np.ndarray) -> tuple[int, ...]:
+        """How many of the best tokens the filters must see in order; the next one is tried where one was not enough."""
+        needed = min(int(top_k.max()), self.vocab_size)
+        if not ((top_p < 1) & (top_k <= 0)).any():
+            return (needed,)
+        first = max(needed, FIRST_LOOK)
+        return (first, self.vocab_size) if self._reads_are_free and first < self.vocab_size else (self.vocab_size,)
 
     def _logprobs(
         self, asked: np.ndarray, raw: Tensor | None, logits: Tensor, draws: Tensor, view: StepView, layout: Layout
@@ -96,28 +109,28 @@ class Sampler:
         return LogprobColumns(layout.logits_row[asked], asked, k, *columns)
 
 
-def _sort_width(top_k: np.ndarray, top_p: np.ndarray, vocab_size: int) -> int:
-    """How many of the best tokens the filters must see in order: 0 none, V when a row has top_p without top_k."""
-    if ((top_p < 1) & (top_k <= 0)).any():
-        return vocab_size
-    return min(int(top_k.max()), vocab_size)
-
-
-def lowest_kept(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """The smallest logit that min_p, then top_k, then top_p keep, per row: [n, V] float32 → [n, 1]. Off: 0, 0 and 1.
-    `width` is `_sort_width` of these rows; a larger one changes nothing."""
+def lowest_kept(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The smallest logit that min_p, then top_k, then top_p keep, per row: [n, V] float32 → [n, 1], and whether looking at
+    the best `width` tokens in order (at least every top_k; 0: none) was enough to say so. Off: 0, 0 and 1."""
     best = logits.amax(-1, keepdim=True)
     floor = best + min_p[:, None].log()  # log 0 = −inf: off
     if not width:
-        return floor
-    order = logits.sort(-1, descending=True).values if width == logits.shape[1] else logits.topk(width, -1).values
-    top_k, top_p = top_k[:, None].long(), top_p[:, None].double()
-    kth = order.gather(1, top_k.clamp(1, width) - 1)
-    floor = torch.where(top_k > 0, torch.maximum(floor, kth), floor)
-    rank = torch.arange(width, device=logits.device)
-    inside = (order >= floor) & ((top_k <= 0) | (rank < top_k))
-    weight = ((order - best).exp() * WEIGHT_ONE).long().masked_fill_(~inside, 0)
-    total = weight.cumsum(-1)
-    needed = ((total - weight).double() < top_p * total[:, -1:].double()) & inside
-    pth = order.gather(1, (needed.sum(-1, keepdim=True) - 1).clamp_(min=0))
-    return torch.where(top_p < 1, torch.maximum(floor, pth), floor)
+        return floor, torch.ones_like(floor, dtype=torch.bool)
+    full = width == logits.shape[1]
+    order = logits.sort(-1, descending=True).values if full else logits.topk(width, -1).values
+    by_rank, top_k, top_p = top_k[:, None] > 0, top_k[:, None].long(), top_p[:, None]
+    floor = torch.where(by_rank, torch.maximum(floor, order.gather(1, top_k.clamp(1, width) - 1)), floor)
+    inside = (order >= floor) & (~by_rank | (torch.arange(width, device=logits.device) < top_k))
+    mass = _weights(order, best, inside).cumsum(-1)
+    total = mass[:, -1:]
+    if not full:
+        total = torch.where(by_rank, total, _weights(logits, best, logits >= floor).sum(-1, keepdim=True))
+    wanted = top_p.double() * total.double()
+    reached = mass.double() >= wanted
+    pth = order.gather(1, reached.int().argmax(-1, keepdim=True))
+    return torch.where(top_p < 1, torch.maximum(floor, pth), floor), reached[:, -1:] | (top_p >= 1)
+
+
+def _weights(logits: Tensor, best: Tensor, inside: Tensor) -> Tensor:
+    """Integers in proportion to probability: their sums do not depend on the order of summation."""
+    return ((logits - best).exp() * WEIGHT_ONE).long().masked_fill_(~inside, 0)

@@ -116,9 +116,7 @@ class Worker:
     def allocate(self, allocation: Allocation) -> None:
         """Allocate KV and slots and assemble the runner. Rate: build. Raises CapacityError."""
         self._size(allocation.max_slots, allocation.max_model_len, allocation.max_tokens_per_step)
-        kv = KVStore(
-            self.specs, self.groups, allocation.num_blocks, self.attention, self.dtype, self.device.torch_device
-        )
+        kv = KVStore(self.specs, self.groups, allocation.num_blocks, self.attention, self.dtype, self.device.torch_device)
         transforms = [t for _, made in self._all("make_logits_transform") for t in made]
         self.runner = Runner(
             self.model,

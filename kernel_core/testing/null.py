@@ -19,11 +19,12 @@ GROUP = KVGroup("full", 16, 1, ("null",))
 _NOWHERE = np.uint32(0)
 
 
-def null_token(key: int, position: int | np.ndarray, vocab_size: int) -> np.ndarray:
-    """The token at `position` (arrays allowed) of a request with this key. int32."""
-    x = (np.asarray(position, np.uint64) * 0x9E3779B97F4A7C15 + np.uint64(key % 2**64)) & np.uint64(2**64 - 1)
-    x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return ((x ^ (x >> np.uint64(32))) % np.uint64(vocab_size)).astype(np.int32)
+def null_tokens(keys: np.ndarray, positions: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The tokens at `positions` [n] of requests with these keys [n] or []: int32 [n]."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(positions).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(keys, np.uint64)
+        x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        return ((x ^ (x >> np.uint64(32))) % np.uint64(vocab_size)).astype(np.int32)
 
 
 @dataclass(slots=True)
@@ -42,7 +43,9 @@ class NullScript:
 class NullDevice:
     """One worker's state. `tables`: per group [slots, columns]; `kv`: per group a fingerprint per block position."""
 
-    def __init__(self, groups: Sequence[KVGroup], allocation: Allocation, vocab_size: int, script: NullScript, check: bool) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], allocation: Allocation, vocab_size: int, script: NullScript, check: bool
+    ) -> None:
         self.groups, self.vocab_size, self.script, self.check_kv = groups, vocab_size, script, check
         slots, length = allocation.max_slots, allocation.max_model_len
         self.opened: dict[int, Opened] = {}
@@ -74,10 +77,10 @@ class NullDevice:
         offsets = np.zeros(rows.size + 1, np.int32)
         np.cumsum(gained, out=offsets[1:])
         position = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], gained)
-        tokens = null_token_of(self.keys[np.repeat(rows, gained)], position, self.vocab_size)
+        tokens = null_tokens(self.keys[np.repeat(rows, gained)], position, self.vocab_size)
         if self.check_kv:
             self._forward(plan, tokens, offsets)
-        self.known[rows] += gained
+        self.known[rows] += np.maximum(gained, plan.room > 0)  # a failed row goes on with any token
         self.computed[rows] += np.where(plan.room > 0, plan.q - plan.room + np.maximum(gained, 1), plan.q)
         drafted = np.maximum(plan.room - 1, 0)
         zero = np.zeros(rows.size, np.int32)
@@ -173,13 +176,6 @@ class NullDevice:
         while self._jobs and self._jobs[0][0] <= plan.plan_id:
             due.append(self._jobs.popleft()[1])
         return tuple(due)
-
-
-def null_token_of(keys: np.ndarray, position: np.ndarray, vocab_size: int) -> np.ndarray:
-    """`null_token` of many requests: keys [n] uint64, position [n] → [n] int32."""
-    x = position.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + keys
-    x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return ((x ^ (x >> np.uint64(32))) % np.uint64(vocab_size)).astype(np.int32)
 
 
 def fingerprints(before: np.uint32, tokens: np.ndarray) -> np.ndarray:

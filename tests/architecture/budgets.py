@@ -76,7 +76,10 @@ def table() -> str:
     found = [budget(what) for what in BUDGETS]
     rows = [f"{b.what:<40} {b.value:>8g} <= {b.limit:<6g} {'ok' if b.kept else 'OVER'}" for b in found]
     sizes = [f"  plugins/{name:<30} {lines:>8}" for name, lines in sorted(plugin_sizes().items())]
-    return "\n".join([*rows, *sizes])
+    kernel = {file: source.code_lines(file) for nn in (False, True) for file in source.kernel_files(nn)}
+    largest = sorted(kernel.items(), key=lambda item: -item[1])[:10]
+    files = [f"  {file.relative_to(source.ROOT).as_posix():<38} {lines:>8}" for file, lines in largest]
+    return "\n".join([*rows, "plugins:", *sizes, "largest files of the kernel:", *files])
 
 
 if __name__ == "__main__":

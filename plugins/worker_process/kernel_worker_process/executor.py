@@ -12,8 +12,18 @@ from collections import deque
 from dataclasses import replace
 from typing import NoReturn
 
-from kernel_core import errors
-from kernel_core.api import Allocation, EngineDeadError, ModelInfo, StepPlan, StepResult, WorkerReport, decode, encode
+from kernel_core import api
+from kernel_core.api import (
+    Allocation,
+    EngineDeadError,
+    KernelError,
+    ModelInfo,
+    StepPlan,
+    StepResult,
+    WorkerReport,
+    decode,
+    encode,
+)
 from kernel_worker_process.channel import ALLOCATE, CALL, CLOSE, FAILED, RUN, START, Channel
 
 LAST_LINES = 20
@@ -52,14 +62,14 @@ class Answer:
         if kind == FAILED:
             name, text, trace = decode(payload, tuple[str, str, str])
             if name:
-                raise getattr(errors, name)(text)
+                raise getattr(api, name)(text)
             raise EngineDeadError(f"the worker failed: {text}\n{trace}")
         return payload
 
     def result(self) -> StepResult:
         try:
             return decode(self.payload(), StepResult)
-        except errors.KernelError as error:
+        except KernelError as error:
             raise EngineDeadError(str(error)) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class ToyAttention(nn.Module):
 class ToyModel(nn.Module):
     """Embedding and positions, a full and a window layer, a head."""
 
-    tap_points = {}
+    tap_points: ClassVar = {}
 
     def __init__(self, window: int | None = 5):
         super().__init__()

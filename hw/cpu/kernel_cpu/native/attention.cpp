@@ -20,6 +20,7 @@ constexpr int NV = kStrip / W;  // vectors in a strip
 constexpr int kTileStrips = 4, kTile = kTileStrips * kStrip;
 constexpr int kSectionStrips = 8 * kTileStrips;
 constexpr int kItemRows = 48;  // (token, head) rows of the query that one work item takes
+constexpr int kPaddedRows = kItemRows + W;  // room for whole vectors
 constexpr int kMaxRows = W == 16 ? 12 : 6;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -32,7 +33,7 @@ struct Call {
     long table_width, blocks;
     int rows, group, window;
     bool causal;
-    float scale, cap;
+    float scale, cap, scale_after;  // scale_after: what is left to multiply scores by once capped
     const float *sinks;
     const uint8_t *tree;
     int tree_width;
@@ -54,14 +55,14 @@ struct Item {
     long partial;    // offset at which the states of its sections are left for the fold; -1: it folds and writes the output
 };
 
-// The running softmax of some query rows: maximum, sum and weighted values.
+// The running softmax of some query rows: maximum, sum and weighted values. A sum of 0 says that nothing was seen.
 struct State {
     float *m, *l, *o;
-    State(float *base, int rows) : m(base), l(base + rows), o(base + 2 * rows) {}
-    static long floats(int rows, int dv) { return (long)rows * (dv + 2); }
+    explicit State(float *base) : m(base), l(base + kPaddedRows), o(base + 2 * kPaddedRows) {}
+    static long floats(int rows, int dv) { return (long)rows * dv + 2 * kPaddedRows; }
     void clear(int rows, int dv) {
-        std::fill(m, m + rows, kNone);
-        std::fill(l, l + (long)rows * (dv + 1), 0.0f);
+        std::fill(m, m + kPaddedRows, kNone);
+        std::fill(l, l + kPaddedRows + (long)rows * dv, 0.0f);
     }
 };
 
@@ -69,10 +70,10 @@ float exp1(float x) { return vexp(splat(x))[0]; }
 
 void fold(State into, State part, int rows, int dv) {
     for (int i = 0; i < rows; ++i) {
-        if (part.m[i] == kNone) continue;
+        if (part.l[i] == 0) continue;
         float *o = into.o + (long)i * dv;
         const float *po = part.o + (long)i * dv;
-        if (into.m[i] == kNone) {
+        if (into.l[i] == 0) {
             into.m[i] = part.m[i], into.l[i] = part.l[i];
             memcpy(o, po, sizeof(float) * dv);
             continue;
@@ -94,7 +95,7 @@ void finish(const Call &c, const Item &it, State total) {
             a = exp1(m - top);
             l = l * a + exp1(c.sinks[head] - top);
         }
-        float by = m == kNone ? 0.0f : a / l;
+        float by = total.l[i] == 0 ? 0.0f : a / l;
         const float *o = total.o + (long)i * c.g.dv_padded;
         char *out = c.out + (c.q_start[it.row] + flat / c.group) * c.out_token + head * c.out_head;
         for (int j = 0; j < c.g.dv; j += W) {
@@ -105,8 +106,8 @@ void finish(const Call &c, const Item &it, State total) {
     }
 }
 
-// Bytes of K and V that one pair of dimensions accounts for.
-template <class T> constexpr int kFetch = std::is_same<T, float>::value ? 256 : 128;
+// Bytes of a strip that one pair of dimensions or of tokens takes.
+template <class T> constexpr int kFetch = std::is_same<T, float>::value ? 128 : 64;
 
 template <class T> struct Strip {
     const T *k, *v;
@@ -114,7 +115,7 @@ template <class T> struct Strip {
     int count;     // tokens of it that anyone sees; nothing is read past them
 };
 
-// S[MR][16] = A[d][MR] * K strip. On the way it fetches `later`, a strip of the next tile, `step` bytes for each pair.
+// S[MR][16] = A[d][MR] * K strip. On the way it fetches `later`, the same strip of the next tile, `step` bytes for each pair.
 template <class Src, int MR>
 void scores(const float *a, const typename Src::Item *k, int pairs, float *s, const char *later, int step) {
     vf acc[MR][NV] = {};
@@ -127,10 +128,10 @@ void scores(const float *a, const typename Src::Item *k, int pairs, float *s, co
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v) store(s + i * kTile + v * W, acc[i][v]);
 }
 
-// O[MR][16 columns] = O * alpha + P[MR][tile] * V.
+// O[MR][16 columns] = O * alpha + P[MR][tile] * V; fetches as above.
 template <class Src, int MR>
 void values(const float *p, const Strip<typename Src::Item> *strips, int s0, int s1, long offset, float *o, long ldo,
-            const float *alpha) {
+            const float *alpha, int step) {
     vf acc[MR][NV];
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v)
         acc[i][v] = load(o + i * ldo + v * W) * alpha[i];
@@ -138,11 +139,15 @@ void values(const float *p, const Strip<typename Src::Item> *strips, int s0, int
         const typename Src::Item *b = strips[s].v + offset;
         const float *a = p + s * kStrip;
         int t = 0;
-        for (; t + 2 <= strips[s].count; t += 2, b += Src::kStride) tile_pair<Src, MR, 1, NV, kTile, 1>(acc, a + t, b, 0);
+        const char *later = (const char *)(strips[s + kTileStrips].v + offset);
+        for (; t + 2 <= strips[s].count; t += 2, b += Src::kStride, later += step) {
+            for (int o = 0; o < kFetch<typename Src::Item>; o += 64) __builtin_prefetch(later + o);
+            tile_pair<Src, MR, 1, NV, kTile, 1>(acc, a + t, b, 0);
+        }
         if (t < strips[s].count)
             KC_UNROLL for (int v = 0; v < NV; ++v) {
                 vf w = Src::template row<0>(b, v);
-                KC_UNROLL for (int i = 0; i < MR; ++i) acc[i][v] = fma(splat(a[i * kTile + t]), w, acc[i][v]);
+                KC_UNROLL for (int i = 0; i < MR; ++i) fma_into(acc[i][v], splat(a[i * kTile + t]), w);
             }
     }
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v) store(o + i * ldo + v * W, acc[i][v]);
@@ -150,7 +155,7 @@ void values(const float *p, const Strip<typename Src::Item> *strips, int s0, int
 
 template <class Src> using Scores = void (*)(const float *, const typename Src::Item *, int, float *, const char *, int);
 template <class Src>
-using Values = void (*)(const float *, const Strip<typename Src::Item> *, int, int, long, float *, long, const float *);
+using Values = void (*)(const float *, const Strip<typename Src::Item> *, int, int, long, float *, long, const float *, int);
 
 template <class Src, int MR> Scores<Src> pick_scores(int rows) {
     if constexpr (MR == 0) return nullptr;
@@ -182,13 +187,13 @@ template <class KSrc, class VSrc> class Worker {
             if (c_.q_bf16) pack_queries<bf16>(t);
             else pack_queries<float>(t);
         }
-        State part(part_, rows_), total(total_, rows_);
+        State part(part_), total(total_);
         total.clear(rows_, dv_);
         for (int section = it_.section0; section < it_.section1; ++section) {
             part.clear(rows_, dv_);
             attend(section, part);
             if (it_.partial < 0) fold(total, part, rows_, dv_);
-            else part = State(part_ += State::floats(rows_, dv_), rows_);
+            else part = State(part_ += State::floats(rows_, dv_));
         }
         if (it_.partial < 0) finish(c_, it_, total);
     }
@@ -197,13 +202,15 @@ template <class KSrc, class VSrc> class Worker {
     int tile_row(int t) const { return rows_ * t / tiles_; }
 
     void look() {
-        lowest_ = c_.kv_len[it_.row], highest_ = 0;
+        lowest_ = narrow_high_ = c_.kv_len[it_.row], highest_ = narrow_low_ = 0;
         for (int i = 0; i < rows_; ++i) {
             int j = (it_.begin + i) / c_.group;
             low_[i] = c_.low(it_.row, j);
             high_[i] = c_.high(it_.row, j);
             lowest_ = std::min(lowest_, low_[i]);
             highest_ = std::max(highest_, high_[i]);
+            narrow_low_ = std::max(narrow_low_, low_[i]);
+            narrow_high_ = std::min(narrow_high_, high_[i]);
         }
     }
 
@@ -252,7 +259,7 @@ template <class KSrc, class VSrc> class Worker {
 
     // One tile of keys for all rows of the item.
     void step(const Strip<T> *strips, int s0, int s1, State &state) {
-        float alpha[kItemRows];
+        float alpha[kPaddedRows];
         for (int s = s0; s < s1; ++s)
             for (int t = 0; t < tiles_; ++t) {
                 int r = tile_row(t), rows = tile_row(t + 1) - r;
@@ -260,50 +267,74 @@ template <class KSrc, class VSrc> class Worker {
                                                   s_ + r * kTile + s * kStrip, (const char *)strips[s + kTileStrips].k,
                                                   t ? 0 : kFetch<T>);
             }
-        for (int i = 0; i < rows_; ++i) alpha[i] = soften(strips, s0, s1, i, state);
+        soften(strips, s0, s1, state, alpha);
         for (int j = 0; j < dv_; j += 16)
             for (int t = 0; t < tiles_; ++t) {
                 int r = tile_row(t), rows = tile_row(t + 1) - r;
                 long offset = (long)j * kStrip / kPerItem;
-                pick_values<VSrc, kMaxRows>(rows)(s_ + r * kTile, strips, s0, s1, offset, state.o + (long)r * dv_ + j, dv_, alpha + r);
+                pick_values<VSrc, kMaxRows>(rows)(s_ + r * kTile, strips, s0, s1, offset, state.o + (long)r * dv_ + j, dv_, alpha + r,
+                                                  t ? 0 : kFetch<T>);
             }
     }
 
-    // Scores of row i become weights; returns what its earlier output is multiplied by.
-    float soften(const Strip<T> *strips, int s0, int s1, int i, State &state) {
-        float *s = s_ + i * kTile;
+    // Scores of all rows become weights; alpha is what the earlier output of each row is multiplied by.
+    void soften(const Strip<T> *strips, int s0, int s1, State &state, float *alpha) {
+        float top[kPaddedRows], base[kPaddedRows];
+        bool ragged = c_.is_tree(it_.row) || !whole(strips, s0, s1);
+        for (int i = 0; i < rows_; ++i) {
+            float *s = s_ + i * kTile;
+            if (c_.cap > 0) cap(s, s0, s1);
+            if (ragged) hide(strips, s0, s1, i, s);
+            top[i] = s1 - s0 == kTileStrips ? largest_score<kTileStrips>(s) : largest_score<1>(s + s0 * kStrip, s1 - s0);
+        }
+        for (int i = 0; i < rows_; i += W) {
+            vf before = load(state.m + i), m = vmax(before, load(top + i) * c_.scale_after);
+            // Rows that have seen nothing yet: any finite base makes their weights 0.
+            vf finite = select((vi)(m == kNone), vf{}, m);
+            store(base + i, finite);
+            store(alpha + i, select((vi)(before == m), splat(1.0f), vexp(before - finite)));
+            store(state.m + i, m);
+        }
+        for (int i = 0; i < rows_; ++i) {
+            float *s = s_ + i * kTile;
+            float total = s1 - s0 == kTileStrips ? weights<kTileStrips>(s, base[i]) : weights<1>(s + s0 * kStrip, base[i], s1 - s0);
+            state.l[i] = state.l[i] * alpha[i] + total;
+        }
+    }
+
+    // Whether every row sees all of these strips.
+    bool whole(const Strip<T> *strips, int s0, int s1) const {
+        for (int s = s0; s < s1; ++s)
+            if (strips[s].position < narrow_low_ || strips[s].position + kStrip > narrow_high_ || strips[s].count < kStrip) return false;
+        return true;
+    }
+
+    void cap(float *s, int s0, int s1) const {
+        for (int j = s0 * kStrip; j < s1 * kStrip; j += W) store(s + j, vtanh(load(s + j) * (c_.scale / c_.cap)) * c_.cap);
+    }
+
+    template <int N> static float largest_score(const float *s, int times = 1) {
         vf top = splat(kNone);
-        for (int j = s0 * kStrip; j < s1 * kStrip; j += W) {
-            vf x = load(s + j) * c_.scale;
-            if (c_.cap > 0) x = vtanh(x / c_.cap) * c_.cap;
-            store(s + j, x);
-        }
-        hide(strips, s0, s1, i, s);
-        bool broken = false;
-        for (int j = s0 * kStrip; j < s1 * kStrip; j += W) top = vmax(load(s + j), top);
-        float m = std::max(state.m[i], largest(top));
-        if (m == kNone) {
-            for (int j = s0 * kStrip; j < s1 * kStrip; ++j) broken |= s[j] != s[j];
-            if (!broken) {
-                std::fill(s + s0 * kStrip, s + s1 * kStrip, 0.0f);
-                return 1.0f;
-            }
-            m = 0;  // NaN scores must show in the output, not pass for hidden keys
-        }
-        float alpha = m == state.m[i] ? 1.0f : exp1(state.m[i] - m);
+        for (int t = 0; t < times; ++t, s += N * kStrip)
+            KC_UNROLL for (int j = 0; j < N * kStrip; j += W) top = vmax(load(s + j), top);
+        return largest(top);
+    }
+
+    // exp(score - base) in place; returns their sum, added up in the order of the strips.
+    template <int N> float weights(float *s, float base, int times = 1) const {
+        const float scale = c_.scale_after;
         vf total = {};
-        for (int j = s0 * kStrip; j < s1 * kStrip; j += W) {
-            vf p = vexp(load(s + j) - m);
-            total += p;
-            store(s + j, p);
-        }
-        state.m[i] = m;
-        state.l[i] = state.l[i] * alpha + sum(total);
-        return alpha;
+        for (int t = 0; t < times; ++t, s += N * kStrip)
+            KC_UNROLL for (int j = 0; j < N * kStrip; j += W) {
+                vf p = vexp_below(fma(load(s + j), splat(scale), splat(-base)));
+                total += p;
+                store(s + j, p);
+            }
+        return sum(total);
     }
 
     // Writes -inf over the scores of keys that row i does not see.
-    void hide(const Strip<T> *strips, int s0, int s1, int i, float *s) {
+    void hide(const Strip<T> *strips, int s0, int s1, int i, float *s) const {
         const uint8_t *tree = nullptr;
         if (c_.is_tree(it_.row)) tree = c_.tree + (long)(c_.q_start[it_.row] + (it_.begin + i) / c_.group) * c_.tree_width;
         int chunk = c_.first_position(it_.row);
@@ -324,7 +355,9 @@ template <class KSrc, class VSrc> class Worker {
 
     const Call &c_;
     const Item &it_;
-    int rows_, dv_, tiles_, lowest_, highest_;
+    int rows_, dv_, tiles_;
+    int lowest_, highest_;          // what some row sees
+    int narrow_low_, narrow_high_;  // what every row sees
     int low_[kItemRows], high_[kItemRows];
     float *q_, *s_, *part_, *total_;
 };
@@ -393,8 +426,8 @@ template <class KSrc, class VSrc> void run(const Call &c) {
         const Item &it = p.folds[i];
         const int rows = it.end - it.begin, dv = c.g.dv_padded;
         float *part = p.partials.data() + it.partial;
-        State total(part, rows);
-        for (int s = it.section0 + 1; s < it.section1; ++s) fold(total, State(part += State::floats(rows, dv), rows), rows, dv);
+        State total(part);
+        for (int s = it.section0 + 1; s < it.section1; ++s) fold(total, State(part += State::floats(rows, dv)), rows, dv);
         finish(c, it, total);
     });
 }
@@ -408,7 +441,7 @@ KC_API int kc_attention(const void *q, int q_bf16, long q_token, long q_head, co
                         int tree_width, int causal, void *out, long out_token, long out_head) {
     const long size = q_bf16 ? 2 : 4;
     Call c{Geometry(block, heads, d, dv), (const char *)q, (const char *)kv, q_token * size, q_head * size, !!q_bf16,
-           q_start, kv_len, table, table_width, blocks, rows, q_heads / heads, window, !!causal, scale, cap, sinks, tree, tree_width,
+           q_start, kv_len, table, table_width, blocks, rows, q_heads / heads, window, !!causal, scale, cap, cap > 0 ? 1.0f : scale, sinks, tree, tree_width,
            (char *)out, out_token * size, out_head * size};
     if (!valid(c)) return 1;
     if (!kv_bf16) return run<F32Source<NV>, F32Source<NV>>(c), 0;

@@ -16,6 +16,7 @@ constexpr int kMaxRows = W == 16 ? 12 : 6;   // rows of the register tile: 24 or
 constexpr int kBlockRows = 96;               // rows whose A block stays in L2
 constexpr int kChunkRows = 480;              // rows packed at a time
 constexpr int kBlockPairs = 256;             // pairs of k whose panel stays in L1
+constexpr long kAhead = 8192;                // bytes of prefetch, over all panels read at once
 constexpr long kTaskBytes = 192 << 10;
 
 enum Format { kBf16 = 0, kF32 = 1, kI8 = 2 };
@@ -31,6 +32,7 @@ struct Problem {
 
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
+// `ahead`: distance in bytes of what to fetch on the way, further down the panels or in the next ones.
 // C[MR][NP * NR] (+)= A[pairs][2][MR] * B; the dot source takes A as [pairs][MR] pairs of bf16.
 template <class Src, int MR, int NP>
 void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, long pairs, long ahead, float *c,
@@ -152,8 +154,9 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
                 int np = panels_at_once(mr);
                 for (int s = 0; s < take;) {
                     bool several = take - s >= np;
+                    long ahead = streaming ? kAhead / (several ? np : 1) : t == k.t0 ? wide * panel * (long)sizeof(Item) : 0;
                     pick<Src, kMaxRows>(mr, several)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
-                                                     streaming ? 1024 : 0, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
+                                                     ahead, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
                     s += several ? np : 1;
                 }
             }

@@ -67,6 +67,17 @@ KC_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// acc += a * b in place. The compilers' own choice among the three forms of the instruction spills full register tiles.
+KC_INLINE void fma_into(vf &acc, vf a, vf b) {
+#if KC_WIDTH == 8 && defined(__FMA__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+#elif KC_WIDTH == 16 && defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+#else
+    acc = fma(a, b, acc);
+#endif
+}
+
 // acc + a.lo * b.lo + a.hi * b.hi for the two bf16 halves of each lane.
 KC_INLINE vf dot_pair(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__) && KC_WIDTH == 16
@@ -177,6 +188,24 @@ KC_INLINE vf vexp(vf x) {
     vi half = bits >> 1;
     p = p * (vf)((half + 127) << 23) * (vf)((bits - half + 127) << 23);
     return select(tiny, vf{}, p);
+}
+
+// The same for x <= 0, in fewer steps.
+KC_INLINE vf vexp_below(vf x) {
+    const vf magic = splat(12582912.0f);
+    vi tiny = (vi)(x < -87.3f);
+    vf t = fma(x, splat(1.44269504088896341f), magic), n = t - magic;
+    vf r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    // The low bits of t hold n: adding them to the exponent multiplies by 2^n.
+    return (vf)(~tiny & (vi)((vu)p + ((vu)t << 23)));
 }
 
 KC_INLINE vf vtanh(vf x) {

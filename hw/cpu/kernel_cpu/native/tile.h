@@ -61,12 +61,12 @@ KC_INLINE void tile_pair(vf (&acc)[MR][NP * NV], const float *a, const typename 
         KC_UNROLL for (int j = 0; j < NP * NV; ++j) w[j] = Src::template row<0>(b + (j / NV) * panel, j % NV);
         KC_UNROLL for (int i = 0; i < MR; ++i) {
             vf x = splat(a[i * RS]);
-            KC_UNROLL for (int j = 0; j < NP * NV; ++j) acc[i][j] = fma(x, w[j], acc[i][j]);
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) fma_into(acc[i][j], x, w[j]);
         }
         KC_UNROLL for (int j = 0; j < NP * NV; ++j) w[j] = Src::template row<1>(b + (j / NV) * panel, j % NV);
         KC_UNROLL for (int i = 0; i < MR; ++i) {
             vf x = splat(a[i * RS + KS]);
-            KC_UNROLL for (int j = 0; j < NP * NV; ++j) acc[i][j] = fma(x, w[j], acc[i][j]);
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) fma_into(acc[i][j], x, w[j]);
         }
     }
 }
