@@ -97,12 +97,13 @@ install-uv: export UV_FIND_LINKS = $(PIP_FIND_LINKS)
 install-uv:
 	$(call say,uv)
 	@$(BIN)/python -m pip install -q uv || $(call fail, pip could not install uv. Check the network or the package index; make setup USE_PIP=1 works without uv.)
-	$(call say,$(TORCH) from $(or $(PIP_FIND_LINKS),the package index))
 	@install="$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt"; \
-	version=$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); \
-	if $(BIN)/python -c 'import torch' 2>/dev/null || ls $(PIP_FIND_LINKS)/torch-*-$$version-*.whl >/dev/null 2>&1; then $$install $(TORCH); \
-	else $$install --torch-backend=$${UV_TORCH_BACKEND:-auto} $(TORCH) \
-	  || { echo "No build of torch for this machine could be found that way; taking the package index's own (larger)."; $$install $(TORCH); }; \
+	wheel=torch-*-$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl; \
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then echo "==> torch is there already"; $$install $(TORCH); \
+	elif ls $(PIP_FIND_LINKS)/$$wheel >/dev/null 2>&1; then echo "==> $(TORCH) from $(PIP_FIND_LINKS)"; $$install $(TORCH); \
+	else echo "==> $(TORCH) in the build for this machine"; \
+	  $$install --torch-backend=$${UV_TORCH_BACKEND:-auto} $(TORCH) \
+	  || { echo "==> that build is out of reach: $(TORCH) from the package index (larger)"; $$install $(TORCH); }; \
 	fi || $(call fail, torch could not be installed. Put a wheel of it into a folder and set PIP_FIND_LINKS; or keep an installed one: make setup USE_SYSTEM_TORCH=1.)
 	$(call say,$(words $(DISTRIBUTIONS)) distributions of this repository and the development tools)
 	@$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --group dev $(EDITABLE) \

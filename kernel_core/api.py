@@ -51,24 +51,93 @@ from kernel_core.wire import decode, encode
 if _CHECKING:
     from kernel_core.async_engine import AsyncEngine
     from kernel_core.engine import Engine
+    from kernel_core.explain import Row, survey
     from kernel_core.llm import LLM
+    from kernel_core.resolver import ResolvedPlan, resolve
     from kernel_core.sampling_arguments import add_sampling_arguments, sampling_from_arguments
     from kernel_core.settings import config_from_arguments
 
 _FACES = {
-    "AsyncEngine": "async_engine",
-    "Engine": "engine",
-    "LLM": "llm",
-    "add_sampling_arguments": "sampling_arguments",
-    "sampling_from_arguments": "sampling_arguments",
-    "config_from_arguments": "settings",
+    "AsyncEngine": "async_engine:AsyncEngine",
+    "Engine": "engine:Engine",
+    "LLM": "llm:LLM",
+    "ResolvedPlan": "resolver:ResolvedPlan",
+    "Row": "explain:Row",
+    "add_sampling_arguments": "sampling_arguments:add_sampling_arguments",
+    "config_from_arguments": "settings:config_from_arguments",
+    "resolve": "resolver:resolve",
+    "sampling_from_arguments": "sampling_arguments:sampling_from_arguments",
+    "survey": "explain:survey",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _FACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_import(f"kernel_core.{_FACES[name]}"), name)
+    module, attribute = _FACES[name].split(":")
+    return getattr(_import(f"kernel_core.{module}"), attribute)
 
 
-__all__ = [name for name in (*dir(), *_FACES) if not name.startswith("_")]
+__all__ = [
+    "API_VERSION",
+    "Ack",
+    "Allocation",
+    "AsyncEngine",
+    "BuildContext",
+    "Capabilities",
+    "CapacityError",
+    "CheckpointFormat",
+    "Command",
+    "CompletionOutput",
+    "ConfigError",
+    "Constraint",
+    "Engine",
+    "EngineConfig",
+    "EngineContext",
+    "EngineDeadError",
+    "Executor",
+    "Handle",
+    "Job",
+    "KVGroup",
+    "KernelConfig",
+    "KernelError",
+    "LLM",
+    "LOGPROBS_MODES",
+    "Logprob",
+    "Manifest",
+    "ModelFamily",
+    "ModelInfo",
+    "NO_TOKEN",
+    "Observer",
+    "Opened",
+    "PluginError",
+    "Policy",
+    "Prepared",
+    "Request",
+    "RequestError",
+    "RequestOutput",
+    "RequestPreparer",
+    "RequestView",
+    "ResolvedPlan",
+    "Resource",
+    "Row",
+    "SamplingParams",
+    "SamplingRow",
+    "Section",
+    "Span",
+    "StepPlan",
+    "StepRecord",
+    "StepResult",
+    "TextCodec",
+    "TextStream",
+    "Updates",
+    "WorkerReport",
+    "add_sampling_arguments",
+    "config_from_arguments",
+    "decode",
+    "encode",
+    "hookimpl",
+    "resolve",
+    "sampling_from_arguments",
+    "survey",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from kernel_core.checkpoints import find_checkpoint
@@ -15,7 +15,7 @@ from kernel_core.errors import ConfigError
 from kernel_core.executor import InProcessExecutor
 from kernel_core.intake import FieldSet, Intake, Limits, sampling_defaults
 from kernel_core.plan import Allocation, WorkerReport
-from kernel_core.protocols import CheckpointFormat, Executor, TextCodec
+from kernel_core.protocols import Executor, TextCodec
 from kernel_core.registry import Registry
 from kernel_core.request import KERNEL_FIELDS, Updates
 from kernel_core.resolver import ResolvedPlan, resolve
@@ -35,15 +35,101 @@ def assemble(config: KernelConfig | Mapping[str, Any] | None, keys: Mapping[str,
         engine.close()
 
     try:
-        codec = face.service(TEXT, TextCodec) if _provided(plan, face) else None
-        return Assembly(
-            core=lambda emit: _core(plan, model, engine, emit),
-            intake=lambda core: _intake(plan, model, face, codec, core),
-            codec=codec,
-            name=plan.config.model,
-            device=plan.device.name,
-            close=close,
-        )
+        codec = face.service(TEXT, TextCodec) if face.provider(TEXT) else None
+        fieldsets = _fieldsets(face)
     except BaseException:
         close()
         raise
+    return Assembly(
+        core=lambda emit: _core(plan, model, engine, emit),
+        intake=lambda core: _intake(plan, model, codec, fieldsets, core),
+        codec=codec,
+        name=plan.config.model,
+        device=plan.device.name,
+        close=close,
+    )
+
+
+def inspect_model(plan: ResolvedPlan) -> ModelInfo:
+    """Find the checkpoint and let the enabled format that recognises it read its configuration. Raises ConfigError."""
+    path = str(find_checkpoint(plan.config.model))
+    registry = Registry(plan, "face", ModelInfo(path, "", {}))
+    formats = [made for _, made in registry.call("make_checkpoint")]
+    found = next((made for made in formats if made.recognises(path)), None)
+    if found is None:
+        known = ", ".join(made.format for made in formats) or "none"
+        raise ConfigError(f"no enabled plugin reads the checkpoint {path} (formats: {known}); `kernel plugins` lists the others")
+    info: ModelInfo = found.inspect(path)
+    registry.close()
+    if plan.config.tokenizer is not None:
+        info = replace(info, tokenizer_path=str(find_checkpoint(plan.config.tokenizer)))
+    return info
+
+
+# ---- face
+
+
+def _fieldsets(face: Registry) -> list[FieldSet]:
+    """Who reads request fields, in resolved order."""
+    preparers = dict(face.call("prepare_request"))
+    models = face.fields()
+    names = [entry.name for entry in (face.plan.device, *face.plan.plugins)]
+    return [
+        FieldSet(name, models[name].request if name in models else None, preparers.get(name))
+        for name in names
+        if name in models or name in preparers
+    ]
+
+
+def _intake(
+    plan: ResolvedPlan, model: ModelInfo, codec: TextCodec | None, fieldsets: Sequence[FieldSet], core: EngineCore
+) -> Intake:
+    engine = plan.config.engine
+    known = [*KERNEL_FIELDS, *(name for f in fieldsets if f.model is not None for name in f.model.model_fields)]
+    defaults = sampling_defaults(model.generation, known) if engine.sampling_defaults == "model" else {}
+    limits = Limits(
+        max_model_len=core.allocation.max_model_len,
+        vocab_size=core.report.vocab_size,
+        max_logprobs=engine.max_logprobs,
+        max_tokens=defaults.get("max_tokens"),
+        priorities=core.has_policy,
+        seed=engine.seed,
+    )
+    return Intake(limits, codec, fieldsets, defaults)
+
+
+# ---- engine
+
+
+def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation) -> EngineParts:
+    """What the plugins of the engine part make, once the sizes are settled."""
+
+    def context(plugin: str) -> EngineContext:
+        base = engine.context(plugin)
+        return EngineContext(
+            **{field.name: getattr(base, field.name) for field in fields(BuildContext)},
+            capabilities=report.capabilities,
+            max_slots=allocation.max_slots,
+            max_model_len=allocation.max_model_len,
+            max_tokens_per_step=allocation.max_tokens_per_step,
+        )
+
+    return EngineParts(
+        policy=next(iter(engine.call("make_policy", context)), None),
+        resources=tuple(made for _, made in engine.call("make_resource", context)),
+        observers=tuple(made for _, made in engine.call("make_observer")),
+    )
+
+
+def _core(plan: ResolvedPlan, model: ModelInfo, engine: Registry, emit: Callable[[Updates], None]) -> EngineCore:
+    executor = _executor(plan, model, engine)
+    return EngineCore(plan.config.engine, executor, emit, partial(engine_parts, engine))
+
+
+def _executor(plan: ResolvedPlan, model: ModelInfo, engine: Registry) -> Executor:
+    if plan.executor is None:
+        return InProcessExecutor(plan, model)
+    made: list[tuple[str, Executor]] = engine.call("make_executor", plan=plan.to_json())
+    if not made:
+        raise ConfigError(f"executor = {plan.executor!r}: this plugin makes no executor; leave the key out")
+    return made[0][1]

@@ -31,11 +31,12 @@ class BlockPool:
         self.capacity = num_blocks - 1
         self.free = num_blocks - 1  # blocks that can be taken now
         self.deferred = 0  # blocks that nobody holds but a plan in flight names
+        self._shares = 0  # references beyond a block's first
         self._stack = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)  # the top, at index free - 1, is taken first
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
 
     def take(self, count: int) -> np.ndarray:
-        """`count` free blocks, int32, each with one reference. Raises CapacityError; the caller makes sure that they are there."""
+        """`count` free blocks, int32, each with one reference. Raises CapacityError; callers make sure that they are there."""
         if count > self.free:
             raise CapacityError(f"{count} KV blocks wanted, {self.free} free")
         ids = self._stack[self.free - count : self.free][::-1].copy()
@@ -47,15 +48,20 @@ class BlockPool:
     def share(self, ids: np.ndarray) -> None:
         """One more reference to each block."""
         np.add.at(self.refs, ids, 1)
+        self._shares += ids.size
 
     def release(self, ids: np.ndarray, after: int) -> None:
         """One reference less; blocks without any are free once plan `after`, the last that may name them, is committed."""
-        np.subtract.at(self.refs, ids, 1)
-        dead = ids[self.refs[ids] == 0]
-        if dead.size:
-            dead = np.unique(dead)
-            self.deferred += dead.size
-            self._waiting.append((after, dead))
+        if self._shares:  # a block may occur twice in ids, or stay
+            np.subtract.at(self.refs, ids, 1)
+            dead = np.unique(ids[self.refs[ids] == 0])
+            self._shares -= ids.size - dead.size
+            ids = dead
+        else:
+            self.refs[ids] = 0
+        if ids.size:
+            self.deferred += ids.size
+            self._waiting.append((after, ids))
 
     def reclaim(self, committed: int) -> None:
         """Plan `committed` and all before it are done: what waited for them is free."""
@@ -75,6 +81,7 @@ class BlockPool:
         assert np.unique(unused).size == unused.size, "a block is free twice"
         assert not self.refs[unused].any(), "a free block is held"
         assert unused.size + np.count_nonzero(self.refs) == self.capacity, "a block is lost"
+        assert self.refs.sum() - np.count_nonzero(self.refs) == self._shares, "shares are miscounted"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,13 +97,13 @@ class BlockHandle:
     deadline: float = float("inf")
 
 
-def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers of the intervals [first[i], last[i]): (i of each, the integers)."""
+def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray | slice, np.ndarray]:
+    """All integers of the intervals [first[i], last[i]): (i of each, as an index, and the integers)."""
     count = last - first
-    if (count == 1).all():
-        return np.arange(count.size), first
+    if (count == 1).all():  # the usual case in a step of decodes
+        return slice(None), first
     index = np.repeat(np.arange(count.size), count)
-    return index, np.arange(index.size) + np.repeat(first - count.cumsum() + count, count)
+    return index, np.arange(index.size) + (first - count.cumsum() + count)[index]
 
 
 class GroupBlocks:
@@ -124,14 +131,13 @@ class GroupBlocks:
         count = self.count[rows]
         wanted = np.maximum((ends + self.block_size - 1) // self.block_size, count)
         index, columns = _ranges(count, wanted)
-        if index.size:
-            self._edit(rows[index], columns, self.pool.take(index.size))
+        if columns.size:
+            self._edit(rows[index], columns, self.pool.take(columns.size))
             self.count[rows] = wanted
 
     def commit(self, rows: np.ndarray, computed: np.ndarray, after: int) -> None:
         """The KV of computed[i] positions of slot rows[i] is there: mark blocks ready, give back those behind the window."""
-        filled = self.filled[rows]
-        full = np.maximum(computed // self.block_size, filled)
+        filled, full = self.filled[rows], computed // self.block_size
         index, columns = _ranges(filled, full)
         self.pool.ready[self.table[rows[index], columns]] = True
         self.filled[rows] = full
@@ -141,9 +147,9 @@ class GroupBlocks:
     def _trim(self, rows: np.ndarray, keep: np.ndarray, after: int) -> None:
         keep = np.minimum(np.maximum(keep, self.first[rows]), self.count[rows])
         index, columns = _ranges(self.first[rows], keep)
-        if index.size:
+        if columns.size:
             ids = self.table[rows[index], columns]
-            self._edit(rows[index], columns, np.zeros(index.size, np.int32))
+            self._edit(rows[index], columns, np.zeros(columns.size, np.int32))
             self.first[rows] = keep
             self.pool.release(ids, after)
 
@@ -176,12 +182,12 @@ class GroupBlocks:
             return NOTHING
         edits, self._edits = self._edits, []
         slots, columns, ids = edits[0] if len(edits) == 1 else map(np.concatenate, zip(*edits))
-        return BlockUpdate(slots.astype(np.int32), columns.astype(np.int32), ids.astype(np.int32))
+        return BlockUpdate(*(column.astype(np.int32, copy=False) for column in (slots, columns, ids)))
 
     def held(self) -> np.ndarray:
         """References that the tables hold, by block."""
         index, columns = _ranges(self.first, self.count)
-        return np.bincount(self.table[index, columns], minlength=self.pool.refs.size)
+        return np.bincount(self.table[np.arange(self.first.size)[index], columns], minlength=self.pool.refs.size)
 
 
 class KVBlocks:

@@ -86,9 +86,7 @@ def build(outcome: Outcome, result: StepResult, cached: Mapping[str, int]) -> Up
     if prompt is not None and outcome.reported is not None:
         prompt = _filter(prompt, prompt.position > outcome.reported[prompt.row])
     if outcome.whole and kept.all():
-        return Updates(
-            tuple(outcome.ids), tokens, result.offsets, outcome.finish, outcome.stop_token, cached, sampled, prompt
-        )
+        return Updates(tuple(outcome.ids), tokens, result.offsets, outcome.finish, outcome.stop_token, cached, sampled, prompt)
     shown = (kept > 0) | (outcome.finish > 0)
     if prompt is not None:
         shown[prompt.row] = True

@@ -113,7 +113,7 @@ def _default(keys: list[str], plugin: str, sections: Sections) -> Any:
         model = sections[keys[1]]
     elif len(keys) > 1:
         key = ""
-    if key not in model.model_fields:
+    if key not in model.model_fields or keys in (["engine"], ["plugins"]):
         path = ".".join(keys)
         raise PluginError(
             f"the plugin {plugin!r} constrains {path!r}, which does not exist{did_you_mean(keys[-1], model.model_fields)}"

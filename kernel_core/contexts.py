@@ -30,14 +30,15 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     """Given to every `make_*` hook of a plugin. `section` is the plugin's own validated config section; `config` the
-    kernel's; `service` looks up a required service by name ("grammar/1")."""
+    kernel's; `service("grammar/1", Grammar)` gives the provider of a service the manifest requires, checked against the
+    Protocol of what this plugin uses of it (leave it out to take it as it is)."""
 
     plugin: str
     part: Part
     section: Any
     config: KernelConfig
     model: ModelInfo
-    service: Callable[[str], Any]
+    service: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,14 +35,17 @@ class Found:
     version: str
     summary: str = ""
 
+    @property
+    def title(self) -> str:
+        return f"the {self.kind} {self.name!r} ({self.distribution} {self.version})"
+
 
 class Installed:
     """A snapshot of all entry points of the kernel's groups. Reads metadata, imports nothing."""
 
     def __init__(self) -> None:
-        kinds = {group: kind for kind, group in GROUPS.items()}
-        points = [point for point in metadata.entry_points() if point.group in kinds]
-        self.found = sorted({_describe(kinds[point.group], point) for point in points})
+        points = metadata.entry_points()
+        self.found = sorted({_describe(kind, point) for kind, group in GROUPS.items() for point in points.select(group=group)})
 
     def all(self, kind: str) -> list[Found]:
         return [found for found in self.found if found.kind == kind]
@@ -79,9 +82,7 @@ def load(found: Found) -> Any:
         return load_value(found.module)
     except (Exception, SystemExit) as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
-        raise PluginError(
-            f"the {found.kind} {found.name!r} ({found.distribution} {found.version}) failed to load from {found.module!r}:\n{trace}"
-        ) from error
+        raise PluginError(f"{found.title} failed to load from {found.module!r}:\n{trace}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -48,15 +48,25 @@ class EngineCore:
         parts: Callable[[WorkerReport, Allocation], EngineParts] = lambda report, allocation: EngineParts(),
     ) -> None:
         self.config, self.executor = config, executor
+        try:
+            self._start(emit, parts)
+        except BaseException:
+            executor.close()
+            raise
+
+    def _start(self, emit: Callable[[Updates], None], parts: Callable[[WorkerReport, Allocation], EngineParts]) -> None:
+        config, executor = self.config, self.executor
         self.report = executor.start()
         depth = choose_depth(config, self.report)
         self.allocation = sizes.settle(config, self.report, depth)
         executor.allocate(self.allocation)
         made = parts(self.report, self.allocation)
+        self.has_policy = made.policy is not None
         name, policy = made.policy or (None, None)
-        capabilities, groups = self.report.capabilities, self.report.groups
         self.scheduler = Scheduler(
-            config, groups, self.allocation, capabilities, policy, made.resources, depth, policy_plugin=name
+            *(config, self.report.groups, self.allocation, self.report.capabilities),
+            *(policy, made.resources, depth),
+            policy_plugin=name,
         )
         self.loop: PlainLoop | OverlappedLoop
         if depth == 1:

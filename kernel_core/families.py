@@ -11,7 +11,7 @@ from kernel_core.blocks import BlockHandle, KVBlocks
 from kernel_core.plan import PROMPT_LOGPROBS
 from kernel_core.waiting import Entry
 
-GATE = "family"  # closed for the siblings until the first has computed the prompt; no plugin's gate has this name
+GATE = "kernel:family"  # closed for the siblings until the first has computed the prompt; no plugin's gate has this name
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class Families:
     def __init__(self, kv: KVBlocks) -> None:
         self.kv = kv
         self.leaders: dict[Entry, str] = {}  # those whose prompt is not computed yet
+        self.computing: dict[Entry, None] = {}  # of these, those that own a slot
         self._families: dict[str, Family] = {}
 
     def join(self, entry: Entry) -> None:
@@ -51,6 +52,7 @@ class Families:
 
     def computed(self, leader: Entry, after: int) -> list[Entry]:
         """The leader's whole prompt is committed: hold its blocks; the siblings whose gate opens now."""
+        del self.computing[leader]
         family = self._families[self.leaders.pop(leader)]
         if family.pending:
             family.handle = self.kv.hold(leader.slot, leader.num_prompt)

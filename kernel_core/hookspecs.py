@@ -55,8 +55,8 @@ def constrain(config: KernelConfig, section: Any) -> Sequence[Constraint]:
 @hookspec
 @home("face", composes="all")
 def register_fields() -> Mapping[str, type]:
-    """Name request fields this plugin reads: {"presence_penalty": PenaltyFields, ...} → one pydantic model class
-    whose fields are request fields, under the key "request"; under "output", a model of named outputs.
+    """Name the request fields that this plugin reads: {"request": a pydantic model whose fields are request fields, "output": a
+    pydantic model of named outputs}; either may be left out.
 
     Two plugins registering one field is a start-up error naming both."""
     raise NotImplementedError

@@ -56,6 +56,25 @@ class LLM:
         accepted = [self.engine.intake.accept(str(next(self._ids)), prompt, p) for prompt, p in zip(listed, each)]
         return self._run(accepted, progress)
 
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[RequestOutput]:
+        """One prompt: its output whenever there is more of it, the whole each time. Closing the iterator aborts it."""
+        (params,) = self._params(1, params, sampling)
+        name, finished = str(next(self._ids)), False
+        self.engine.add_request(name, prompt, params)
+        try:
+            with _interruptible() as interrupted:
+                while not finished:
+                    for output in self.engine.step():
+                        finished = output.finished
+                        yield output
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+        finally:
+            if not finished:
+                self._abandon([name])
+        if self.engine.dead and output.error:
+            raise EngineDeadError(self.engine.dead)
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

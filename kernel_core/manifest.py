@@ -20,7 +20,8 @@ class Manifest:
     """A plugin's entry-point module holds one, named `manifest`.
 
     name: the key of the entry point and of the config section. api: the range of `API_VERSION` it was written for.
-    before / after: names of plugins it must precede or follow in every chain. provides / requires: services as "name/1".
+    before / after: names of plugins it must precede or follow in every chain; "*": all that do not say the same. Among
+    devices they order what `device = "auto"` tries. provides / requires: services as "name/1".
     exclusive: places only one enabled plugin may take ("drafter", "prefix_index", ...); `make_*` hooks that are
     exclusive imply theirs. section: the pydantic model of `[plugins.<name>]`. summary: one line for `kernel plugins`."""
 
@@ -63,8 +64,10 @@ class Command:
 class Constraint:
     """Returned by the hook `constrain`: the configuration value at `path` must be one of `allowed`, because of `reason`.
 
-    `default` is taken when the user set nothing. Two constraints without a common value are a start-up error naming both
-    plugins. `path` "plugins.NAME" with allowed (False,) refuses to run together with NAME."""
+    `path` is a kernel key ("engine.dtype", "device") or "plugins.NAME.key" (no effect while NAME is not enabled). When the
+    user set nothing, or "auto", and the default is not allowed, the value that all plugins allow and list earliest is taken.
+    Constraints without a common value are a start-up error naming the plugins. `path` "plugins.NAME" with allowed (False,)
+    refuses to run together with NAME."""
 
     path: str
     allowed: tuple[object, ...]

@@ -31,7 +31,8 @@ _CLOSED_BY_KERNEL = ("make_device", "make_executor")  # their protocols have a `
 
 def hooks_of(plugin: Any) -> dict[str, dict[str, Any]]:
     """Hook name → pluggy options of each implementation in a module."""
-    marked = {name: getattr(value, hookspecs.PROJECT + "_impl", None) for name, value in vars(plugin).items()}
+    mark = hookspecs.PROJECT + "_impl"
+    marked = {name: getattr(value, mark, None) for name, value in vars(plugin).items() if inspect.isroutine(value)}
     return {options.get("specname") or name: options for name, options in marked.items() if isinstance(options, dict)}
 
 
@@ -181,9 +182,7 @@ class Registry:
         finally:
             self._building.pop()
         if provider is None:
-            raise PluginError(
-                f"the plugin {plugin!r} provides {name!r} in its manifest but its make_service built nothing for it"
-            )
+            raise PluginError(f"the plugin {plugin!r} says that it provides {name!r}, but its make_service built nothing for it")
         self._remember(plugin, provider)
         return plugin, provider
 

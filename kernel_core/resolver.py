@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
+
+from pluggy import PluginManager
 
 from kernel_core.config import KernelConfig
 from kernel_core.constraints import Imposed, apply, impose
@@ -117,7 +120,7 @@ def _version(distribution: str) -> str | None:
 # ---- discover and configure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Configured:
     """A plugin whose light module is loaded and checked."""
 
@@ -132,6 +135,15 @@ class Configured:
     @property
     def manifest(self) -> Manifest:
         return self.module.manifest
+
+    def ask(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook of the resolve phase; None where the plugin does not implement it."""
+        call = implementations(self._manager, hook).get(self.name)
+        return call(**arguments) if call else None
+
+    @cached_property
+    def _manager(self) -> PluginManager:
+        return plugin_manager({self.name: self.module})
 
     @property
     def entry(self) -> PluginEntry:
@@ -179,20 +191,23 @@ def _not_installed(name: str, reason: str | None, installed: Installed) -> str:
     near = did_you_mean(name, [*installed.names("plugin"), *installed.names("device")])
     if reason.startswith("profile"):
         return f"the plugin {name!r} of the {reason} is not installed: {install_hint(name)}, or set `plugins.{name} = false`"
-    return f"the plugin {name!r} ({reason}) is not installed{near or ''}. To install it: {install_hint(name)}"
+    return f"the plugin {name!r} ({reason}) is not installed{near}{'' if near else '.'} To install it: {install_hint(name)}"
 
 
 def _devices(config: KernelConfig, installed: Installed) -> list[Found]:
-    """The devices in question: the named one, or all for "auto"."""
+    """The devices in question: the named one, or for "auto" all that are not switched off."""
     advice = f"pip install {profile_data()['advice']['device']}"
     if config.device != "auto":
         found = installed.get("device", config.device)
         if found is None:
             known = installed.names("device")
-            near = did_you_mean(config.device, known) or f" (installed: {', '.join(known) or 'none'})"
-            raise ConfigError(f"device = {config.device!r} is not installed{near}. To install it: {install_hint(config.device)}")
+            near = did_you_mean(config.device, known) or f" (installed: {', '.join(known) or 'none'})."
+            raise ConfigError(f"device = {config.device!r} is not installed{near} To install it: {install_hint(config.device)}")
+        if config.plugins.get(found.name) is False:
+            raise ConfigError(f"device = {found.name!r}, but plugins.{found.name} = false: remove one of the two")
         return [found]
-    devices = [installed.get("device", name) for name in sorted(set(installed.names("device")))]
+    names = {name for name in installed.names("device") if config.plugins.get(name) is not False}
+    devices = [installed.get("device", name) for name in sorted(names)]
     if not devices:
         raise ConfigError(f"no device is installed: {advice}")
     return [found for found in devices if found is not None]
@@ -202,7 +217,7 @@ def configure(found: Found, reason: str) -> Configured:
     """Import the light module of a plugin and check manifest, api range and hooks. Raises PluginError."""
     module = load(found)
     manifest = getattr(module, "manifest", None)
-    who = f"the {found.kind} {found.name!r} ({found.distribution} {found.version})"
+    who = found.title
     if not isinstance(manifest, Manifest):
         raise PluginError(f"{who}: its module {found.module!r} has no `manifest = Manifest(...)`")
     if manifest.name != found.name:
@@ -268,28 +283,31 @@ def _constrain(
     given |= {"device": config.device}
     names = {plugin.name for plugin in plugins}
     imposed: dict[str, Imposed] = {}
+    before = imposed
     for _ in range(ROUNDS):
         data = apply(given, imposed)
         device = _choose_device(data["device"], devices, sections, names)
         data["device"] = device.name
         data["plugins"][device.name] = {**sections.get(device.name, {}), **data["plugins"].get(device.name, {})}
-        current = KernelConfig.model_validate(data)
+        current = build([(f"constraints of {_owners(imposed)}", data)])
         asked = [(p.name, constraint) for p in (device, *plugins) for constraint in _constraints(p, current)]
         answer = impose(given, asked, {p.name: p.manifest.section for p in (device, *plugins)})
         if answer == imposed:
-            unused = sorted(set(d.name for d in devices) & sections.keys() - {device.name})
+            unused = sorted({n for n, s in sections.items() if s is not False} - names - {device.name})
             lines = [f"[plugins.{name}] is not used: the device is {device.name}" for name in unused]
             return current, device, [line for _, value in sorted(imposed.items()) for line in value.lines] + lines
-        imposed = answer
-    changing = sorted({plugin for value in imposed.values() for plugin in value.plugins})
-    raise ConfigError(f"the constraints of {', '.join(changing)} never settle: each answer changes another's")
+        imposed, before = answer, imposed
+    raise ConfigError(f"the constraints of {_owners(imposed | before)} never settle: each answer changes another's")
+
+
+def _owners(imposed: Mapping[str, Imposed]) -> str:
+    return ", ".join(sorted({plugin for value in imposed.values() for plugin in value.plugins}))
 
 
 def _constraints(plugin: Configured, config: KernelConfig) -> Sequence[Constraint]:
     values = config.plugins[plugin.name]
     section = validate_section(plugin.name, plugin.manifest.section, values if isinstance(values, Mapping) else {})
-    ask = implementations(plugin_manager({plugin.name: plugin.module}), "constrain").get(plugin.name)
-    return (ask(config=config, section=section) or ()) if ask else ()
+    return plugin.ask("constrain", config=config, section=section) or ()
 
 
 def _choose_device(wanted: str, devices: Sequence[Configured], sections: Mapping[str, Any], plugins: set[str]) -> Configured:
@@ -301,8 +319,7 @@ def _choose_device(wanted: str, devices: Sequence[Configured], sections: Mapping
         if device.name in plugins:
             raise ConfigError(f"{device.name!r} is both a device and an enabled plugin: set `plugins.{device.name} = false`")
         section = validate_section(device.name, device.manifest.section, sections.get(device.name) or {})
-        probe = implementations(plugin_manager({device.name: device.module}), "probe_device").get(device.name)
-        reason = probe(section=section) if probe else None
+        reason = device.ask("probe_device", section=section)
         if reason is None:
             skipped = "".join(f"; {line}" for line in refused)
             return replace(device, reason="named" if wanted != "auto" else f"auto: first that can run here{skipped}")
@@ -320,13 +337,17 @@ def _services(parts: Sequence[Configured]) -> dict[str, str]:
     for part in parts:
         for name in part.manifest.requires:
             if name not in providers:
-                base = name.split("/")[0]
-                others = [f"{plugin} provides {other}" for other, plugin in providers.items() if other.split("/")[0] == base]
-                raise ConfigError(
-                    f"the plugin {part.name!r} needs the service {name!r}, which no enabled plugin provides"
-                    f"{' (' + '; '.join(others) + ')' if others else ''}: enable one that does, or set `plugins.{part.name} = false`"
-                )
+                raise ConfigError(_no_provider(part.name, name, providers))
     return providers
+
+
+def _no_provider(plugin: str, name: str, providers: Mapping[str, str]) -> str:
+    base = name.partition("/")[0]
+    others = [f"{owner} provides {other}" for other, owner in providers.items() if other.partition("/")[0] == base]
+    return (
+        f"the plugin {plugin!r} needs the service {name!r}, which no enabled plugin provides"
+        f"{' (' + '; '.join(others) + ')' if others else ''}: enable one that does, or set `plugins.{plugin} = false`"
+    )
 
 
 def _check_exclusive(parts: Sequence[Configured]) -> None:
@@ -396,5 +417,5 @@ def _cycle(names: Iterable[str], edges: Mapping[tuple[str, str], str]) -> str:
     while walk.count(walk[-1]) < 2:
         walk.append(min(a for a, b in edges if b == walk[-1] and a in names))
     circle = walk[walk.index(walk[-1]) :][::-1]
-    reasons = "; ".join(f"{a} before {b}: {edges[a, b]}" for a, b in zip(circle, circle[1:]))
+    reasons = "; ".join(f"{a} before {b}: {edges[a, b]}" for a, b in pairwise(circle))
     return f"the plugins' order is a circle, {' → '.join(circle)} ({reasons}): leave one out with `plugins.NAME = false`"

@@ -226,6 +226,8 @@ class Scheduler:
         slot = self.slots.open(entry, computed, 0 if handle is None else handle.tokens)
         if handle is not None:
             self.kv.adopt(slot, handle)
+        if entry in self.families.leaders:
+            self.families.computing[entry] = None
         if entry.cached is None:
             entry.cached = self._cached[request.id] = computed
         return Opened(slot, request.id, entry.tokens, computed, request.key, request.sampling, request.payloads)
@@ -233,6 +235,7 @@ class Scheduler:
     def _close(self, entry: Entry) -> None:
         """The request leaves its slot; blocks and slot are free when the last plan that names them is done."""
         slot = self.slots.close(entry)
+        self.families.computing.pop(entry, None)
         self.kv.close(slot, self.slots.last_plan)
         self._closing.append(slot)
         for name in entry.request.resources:
@@ -412,8 +415,8 @@ class Scheduler:
             slots.computed[rows] -= slack
         if result.prompt_logprobs is not None:
             self._report_prompts(flight, result, outcome, live)
-        for leader in list(self.families.leaders):
-            if leader.slot >= 0 and slots.computed_done[leader.slot] >= leader.num_prompt:
+        for leader in list(self.families.computing):
+            if slots.computed_done[leader.slot] >= leader.num_prompt:
                 for sibling in self.families.computed(leader, slots.last_plan):
                     self.open_gate(sibling.request.id, GATE)
         self.kv.commit(rows, computed, slots.last_plan)

@@ -18,7 +18,7 @@ from kernel_core.protocols import Policy, RequestView, Resource
 from kernel_core.slots import Slots
 from kernel_core.waiting import Entry, WaitingQueue
 
-NO_ROOM = "the request does not fit into the KV cache (needs {need} blocks per group, {have} are free); raise kv_memory or shorten it"
+NO_ROOM = "the request does not fit into the KV cache: {need} blocks per group needed, {have} free; shorten it or raise kv_memory"
 _NO_ROWS = np.zeros(0, np.intp)
 _ANY = 1 << 30
 
@@ -34,8 +34,8 @@ class Selection:
     long_rows: int = _ANY  # how many more rows may have q > 1
     length: int | None = None  # the q of all rows, where the device allows no mix
     rows: np.ndarray = field(default_factory=lambda: _NO_ROWS)
-    q: np.ndarray = field(default_factory=lambda: _NO_ROWS)
-    room: np.ndarray = field(default_factory=lambda: _NO_ROWS)
+    q: np.ndarray = field(default_factory=lambda: _NO_ROWS.astype(np.int32))
+    room: np.ndarray = field(default_factory=lambda: _NO_ROWS.astype(np.int32))
     chasing: np.ndarray = field(default_factory=lambda: _NO_ROWS)  # slots with more than one token to compute
     more: list[tuple[int, int, int]] = field(default_factory=list)
     secured: dict[int, list[int]] = field(default_factory=dict)
@@ -92,6 +92,7 @@ class Selector:
         if self.max_long_rows < 1:
             raise ConfigError("the device must allow at least one row with q > 1 (max_long_rows)")
         self._ones = np.ones(allocation.max_slots, np.int32)
+        self._ones.setflags(write=False)  # plans share it
         self._chunk_turn = True
 
     def select(self, inflight: bool) -> Selection:

@@ -18,14 +18,14 @@ from kernel_core.errors import ConfigError
 
 FILE = "kernel.toml"
 Source = tuple[str, Mapping[str, Any]]  # (name for messages, nested values)
-Path_ = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 # ---- faces: command line, Python
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all commands with an engine share."""
+    """The options that every command has; the program `kernel` adds them."""
     group = parser.add_argument_group("configuration")
     group.add_argument("--config", metavar="FILE", help=f"configuration file (default: ./{FILE} if there is one)")
     group.add_argument("--model", metavar="NAME", help="a directory, a hub id, or the name of an embedded checkpoint")
@@ -93,16 +93,17 @@ def parse_setting(text: str) -> dict[str, Any]:
 # ---- merging and validating
 
 
-def merge(low: Any, high: Any) -> Any:
-    """`high` over `low`, table by table; a plugin's `true` counts as an empty table."""
+def merge(low: Any, high: Any, path: KeyPath = ()) -> Any:
+    """`high` over `low`, table by table; `plugins.NAME = true` keeps the section that is there."""
     if not isinstance(high, Mapping):
-        return {} if high is True and isinstance(low, Mapping) else high
+        keeps = high is True and path[:-1] == ("plugins",) and isinstance(low, Mapping)
+        return low if keeps else high
     low = low if isinstance(low, Mapping) else {}
-    return {**low, **{key: merge(low.get(key), value) for key, value in high.items()}}
+    return {**low, **{key: merge(low.get(key), value, (*path, key)) for key, value in high.items()}}
 
 
 def merge_sources(sources: Sequence[Source]) -> dict[str, Any]:
-    return reduce(merge, (values for _, values in sources), {})
+    return reduce(merge, (values for _, values in sources), dict[str, Any]())
 
 
 def as_data(config: KernelConfig) -> dict[str, Any]:
@@ -141,9 +142,9 @@ def validate_section(name: str, model: type[BaseModel], values: Mapping[str, Any
 UNKNOWN = "unknown key"
 
 
-def problem_lines(error: ValidationError, model: type[BaseModel]) -> list[tuple[Path_, str]]:
+def problem_lines(error: ValidationError, model: type[BaseModel]) -> list[tuple[KeyPath, str]]:
     """(path, what is wrong) of each problem; the branches of a union are joined."""
-    problems: dict[Path_, list[str]] = {}
+    problems: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False):
         path = tuple(_fields(detail["loc"], model))
         if detail["type"] == "extra_forbidden":
@@ -169,7 +170,7 @@ def _fields(location: Sequence[str | int], model: type[BaseModel]) -> Iterator[s
         model = field.annotation
 
 
-def label(path: Path_) -> str:
+def label(path: KeyPath) -> str:
     """As in the file: "[engine] max_requests", "[plugins.NAME]", "model"."""
     if len(path) == 2 and path[0] == "plugins":
         return f"[plugins.{path[1]}]"
@@ -177,7 +178,7 @@ def label(path: Path_) -> str:
     return table + path[-1] if path else "configuration"
 
 
-def _origin(sources: Sequence[Source], path: Path_) -> str:
+def _origin(sources: Sequence[Source], path: KeyPath) -> str:
     for name, values in reversed(sources):
         inner: Any = values
         for key in path:
@@ -190,7 +191,7 @@ def _origin(sources: Sequence[Source], path: Path_) -> str:
 MISSING = object()
 
 
-def _hint(path: Path_, text: str) -> str:
+def _hint(path: KeyPath, text: str) -> str:
     """Where an unknown key could live."""
     if len(path) == 2 and path[0] == "plugins":
         return " (a plugin's section is a table, true or false)"

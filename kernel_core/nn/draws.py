@@ -37,14 +37,21 @@ def _fmix(x: Tensor) -> Tensor:
     return _shift_xor_(x, 16)
 
 
-def token_bits(key: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """The 32 random bits of every token: key [n, 2] int32, position [n] → int32 [n, V]."""
+def _row_words(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     a = _fmix(key[:, 0] ^ _fmix(position.to(torch.int32) + GOLDEN))
-    b = _fmix(key[:, 1] ^ _fmix(a + SECOND))
-    token = torch.arange(vocab_size, dtype=torch.int32, device=key.device).mul_(GOLDEN)
-    x = _shift_xor_(token + a[:, None], 16).mul_(MIX1).bitwise_xor_(b[:, None])
+    return a, _fmix(key[:, 1] ^ _fmix(a + SECOND))
+
+
+def _token_bits(token: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    x = _shift_xor_(token * GOLDEN + a, 16).mul_(MIX1).bitwise_xor_(b)
     x = _shift_xor_(x, 13).mul_(MIX2)
     return _shift_xor_(x, 16)
+
+
+def token_bits(key: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """The 32 random bits of every token: key [n, 2] int32, position [n] → int32 [n, V]."""
+    a, b = _row_words(key, position)
+    return _token_bits(torch.arange(vocab_size, dtype=torch.int32, device=key.device), a[:, None], b[:, None])
 
 
 def uniform(bits: Tensor) -> Tensor:
@@ -63,3 +70,11 @@ def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
     """One token a row: logits [n, V] float32 after temperature and filters (−inf: not allowed), key [n, 2] int32,
     position [n] of the tokens that are drawn → int64 [n]."""
     return gumbel(token_bits(key, position, logits.shape[1])).add_(logits).argmax(-1)
+
+
+def draw_kept(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """The same as `draw`, for logits of which few are allowed, where reading their number costs nothing. Overwrites `logits`."""
+    a, b = _row_words(key, position)
+    row, token = (logits > float("-inf")).nonzero(as_tuple=True)
+    logits[row, token] += gumbel(_token_bits(token.int(), a[row], b[row]))
+    return logits.argmax(-1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_core.nn.draws import draw
+from kernel_core.nn.draws import draw, draw_kept
 from kernel_core.nn.inputs import Layout
 from kernel_core.nn.logprobs import LogprobColumns, rank_tokens
 from kernel_core.nn.protocols import StepView
@@ -22,8 +22,8 @@ from kernel_core.nn.slots import SlotTable
 from kernel_core.nn.transfer import upload
 
 ELEMENTS_AT_ONCE = {True: 1 << 19, False: 1 << 26}  # logits that draws work on at a time: on a host device, a cache's worth
-FIRST_LOOK = 2048  # top_p rarely needs more tokens in order; where a host read is free it is tried before a full sort
-WEIGHT_ONE = 2.0**44  # the likeliest token's weight; 2^19 tokens of it fit in 63 bits
+LOOKS = (256, 4096)  # how many of the best tokens top_p looks at before it sorts all, where a host read is free
+WEIGHT_ONE = 2.0**30  # the likeliest token's weight
 
 Transform = Callable[[Tensor, StepView], Tensor]
 
@@ -48,21 +48,32 @@ class Sampler:
     def __call__(self, logits: Tensor, view: StepView, layout: Layout, transform: Transform | None) -> Sampled:
         """logits [N, V] in the model's dtype, may be overwritten. Rate: step."""
         asked = np.flatnonzero(self.slots.host["logprobs"][layout.logits_slot] >= 0)
-        raw = self._rows(logits, asked).clone() if len(asked) and self.mode.startswith("raw") else None
+        raw = self._rows(logits, asked) if len(asked) and self.mode.startswith("raw") else None
         if transform is not None:
             logits = transform(logits.float(), view)
         best = logits.max(-1)
         draws = best.indices
-        random = np.flatnonzero(self.slots.host["temperature"][layout.logits_slot] > 0)
-        for part in self._parts(random):
-            index = upload(part, logits.device)
-            slot = view.slot[index]
-            kept = self._filtered(logits[index].float(), slot, layout.logits_slot[part])
-            draws[index] = draw(kept, self.slots.key[slot], view.position[index])
+        self._draw(logits, draws, view, layout.logits_slot)
         bad = best.values.isnan() | best.values.isneginf()
         return Sampled(draws, bad, self._logprobs(asked, raw, logits, draws, view, layout))
 
+    def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
+        """Enter the draws of the rows that are not greedy; those with filters first, as few of their tokens need noise."""
+        random = self.slots.host["temperature"][host_slot] > 0
+        filtered = self._uses_filters(host_slot)
+        for rows, few in ((random & filtered, self._reads_are_free), (random & ~filtered, False)):
+            for part in self._parts(np.flatnonzero(rows)):
+                index = upload(part, logits.device)
+                slot = view.slot[index]
+                kept = self._filtered(logits[index].float(), slot, host_slot[part])
+                draws[index] = (draw_kept if few else draw)(kept, self.slots.key[slot], view.position[index])
+
+    def _uses_filters(self, host_slot: np.ndarray) -> np.ndarray:
+        host = self.slots.host
+        return (host["min_p"][host_slot] > 0) | (host["top_k"][host_slot] > 0) | (host["top_p"][host_slot] < 1)
+
     def _rows(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+        """A copy of some rows in float32."""
         return logits[upload(rows, logits.device)].float()
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -73,27 +84,27 @@ class Sampler:
         """Temperature and filters; greedy rows stay as they are. logits [n, V] float32, slot [n] → [n, V], −inf dropped."""
         temperature = self.slots.temperature[slot][:, None]
         logits = logits / torch.where(temperature > 0, temperature, 1.0)
-        host = {name: self.slots.host[name][host_slot] for name in ("min_p", "top_k", "top_p")}
-        use = (host["min_p"] > 0) | (host["top_k"] > 0) | (host["top_p"] < 1)
-        if not use.any():
+        use = np.flatnonzero(self._uses_filters(host_slot))
+        if not len(use):
             return logits
-        index = upload(np.flatnonzero(use), logits.device)
+        index = upload(use, logits.device)
         part, slot = logits[index], slot[index]
         numbers = (self.slots.min_p[slot], self.slots.top_k[slot], self.slots.top_p[slot])
-        for width in self._widths(host["top_k"], host["top_p"]):
+        for width in self._widths(host_slot):
             floor, enough = lowest_kept(part, *numbers, width)
             if width == self.vocab_size or not self._reads_are_free or enough.all():
                 break
         logits[index] = part.masked_fill(part < floor, float("-inf"))
         return logits
 
-    def _widths(self, top_k: np.ndarray, top_p: np.ndarray) -> tuple[int, ...]:
+    def _widths(self, host_slot: np.ndarray) -> tuple[int, ...]:
         """How many of the best tokens the filters must see in order; the next one is tried where one was not enough."""
+        top_k, top_p = self.slots.host["top_k"][host_slot], self.slots.host["top_p"][host_slot]
         needed = min(int(top_k.max()), self.vocab_size)
         if not ((top_p < 1) & (top_k <= 0)).any():
             return (needed,)
-        first = max(needed, FIRST_LOOK)
-        return (first, self.vocab_size) if self._reads_are_free and first < self.vocab_size else (self.vocab_size,)
+        looks = LOOKS if self._reads_are_free else ()
+        return (*(width for width in looks if needed <= width < self.vocab_size), self.vocab_size)
 
     def _logprobs(
         self, asked: np.ndarray, raw: Tensor | None, logits: Tensor, draws: Tensor, view: StepView, layout: Layout
@@ -121,10 +132,10 @@ def lowest_kept(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, wid
     by_rank, top_k, top_p = top_k[:, None] > 0, top_k[:, None].long(), top_p[:, None]
     floor = torch.where(by_rank, torch.maximum(floor, order.gather(1, top_k.clamp(1, width) - 1)), floor)
     inside = (order >= floor) & (~by_rank | (torch.arange(width, device=logits.device) < top_k))
-    mass = _weights(order, best, inside).cumsum(-1)
+    mass = _weights(order, best, inside).cumsum(-1, dtype=torch.int64)
     total = mass[:, -1:]
     if not full:
-        total = torch.where(by_rank, total, _weights(logits, best, logits >= floor).sum(-1, keepdim=True))
+        total = torch.where(by_rank, total, _weights(logits, best, logits >= floor).sum(-1, keepdim=True, dtype=torch.int64))
     wanted = top_p.double() * total.double()
     reached = mass.double() >= wanted
     pth = order.gather(1, reached.int().argmax(-1, keepdim=True))
@@ -133,4 +144,4 @@ def lowest_kept(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, wid
 
 def _weights(logits: Tensor, best: Tensor, inside: Tensor) -> Tensor:
     """Integers in proportion to probability: their sums do not depend on the order of summation."""
-    return ((logits - best).exp() * WEIGHT_ONE).long().masked_fill_(~inside, 0)
+    return (logits - best).exp_().mul_(WEIGHT_ONE).int().masked_fill_(~inside, 0)

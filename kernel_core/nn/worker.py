@@ -24,9 +24,11 @@ from kernel_core.plan import Allocation, Capabilities, StepPlan, StepResult, Wor
 from kernel_core.protocols import Call
 from kernel_core.registry import Registry, find_family
 from kernel_core.resolver import ResolvedPlan
+from kernel_core.wire import encode
 
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 JOB = "job"  # the registered call that takes a plugin's jobs
+EXPLAIN = "kernel.explain"  # the kernel's own call: which ops and attention backends were chosen
 
 
 class Worker:
@@ -62,7 +64,7 @@ class Worker:
         return self._report()
 
     def _open_device(self) -> Device:
-        answers = self.registry.call("make_device", self._build_context, rank=self.rank, world_size=self.world_size)
+        answers = self.registry.call("make_device", rank=self.rank, world_size=self.world_size)
         if len(answers) != 1:
             raise PluginError(f"one device must answer make_device, got {[name for name, _ in answers]}")
         return answers[0][1]
@@ -86,7 +88,7 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
         )
-        return build_model(find_family(self.info.architecture), context, self.registry)
+        return build_model(find_family(self.info.architecture), context, _WorkerHooks(self.registry, self.context))
 
     def _report(self) -> WorkerReport:
         specs = attention_specs(self.model)
@@ -152,18 +154,19 @@ class Worker:
         """Let go of model, KV and device; idempotent."""
         self.runner = self.drafter = None
         self.model = None
-        for part in (self.registry, self.device):
-            if part is not None:
-                part.close()
+        registry, device = self.registry, self.device
         self.registry = self.device = None
+        try:
+            if registry is not None:
+                registry.close()
+        finally:
+            if device is not None:
+                device.close()
 
     # ---- contexts
 
     def _size(self, max_slots: int, max_model_len: int, max_tokens_per_step: int) -> None:
         self.max_slots, self.max_model_len, self.max_tokens_per_step = max_slots, max_model_len, max_tokens_per_step
-
-    def _build_context(self, plugin: str) -> BuildContext:
-        return self.registry.context(plugin)
 
     def context(self, plugin: str) -> WorkerContext:
         """The worker context of a plugin, with the sizes as far as they are settled."""
@@ -187,14 +190,30 @@ class Worker:
         return next((answer for _, answer in self._all(hook)), None)
 
     def _register_calls(self) -> None:
-        for plugin, calls in self.registry.call("register_calls", self._build_context):
+        self._calls = {EXPLAIN: self._explain}
+        for plugin, calls in self.registry.call("register_calls"):
             self._calls.update({f"{plugin}.{name}": call for name, call in calls.items()})
+
+    def _explain(self, payload: bytes) -> bytes:
+        """What was chosen at build, as wire bytes: {"ops": [(op, owner, facts)], "attention": {layer: backend}}."""
+        layers = {spec.layer: self.attention(spec).name for spec in self.specs}
+        return encode({"ops": list(self.ops.explain()), "attention": layers})
 
     def _timed(self, name: str, function: Callable[[], Any]) -> Any:
         start = perf_counter()
         result = function()
         self._timings[name] = perf_counter() - start
         return result
+
+
+class _WorkerHooks:
+    """The registry as the loader uses it: hooks get worker contexts."""
+
+    def __init__(self, registry: Registry, context: Callable[[str], WorkerContext]) -> None:
+        self._registry, self._context = registry, context
+
+    def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        return self._registry.call(hook, self._context, **arguments)
 
 
 def model_number(config: Mapping[str, Any], names: tuple[str, ...], default: Any = None) -> Any:

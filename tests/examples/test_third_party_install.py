@@ -1,6 +1,6 @@
 """The third-party examples, as a user would have them: pip into a fresh environment, named in kernel.toml, seen to work.
 
-The fresh environment sees this one's packages (torch is 200 MB) through a .pth file; what is installed goes into the fresh one."""
+The fresh environment sees this one's packages (torch is large) through a .pth file; what is installed goes into its own."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class BlocksMachine(RuleBasedStateMachine):
 
 
 TestBlocks = BlocksMachine.TestCase
-TestBlocks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestBlocks.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 def test_lowest_blocks_first_and_never_the_null_block():

@@ -119,7 +119,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             blocks.append(least + draw(st.integers(0, 30 if group.block_size else 2)))
         allocation = Allocation(tuple(blocks), slots, LENGTH_LIMIT, self.budget, self.width)
         ragged = draw(st.sampled_from([0, 1, 5]))
-        self.script = NullScript(accept=lambda key, p: (key + p * ragged) % 4, fail={}, lose={}, ack_after=draw(st.integers(0, 2)))
+        self.script = NullScript(
+            accept=lambda key, p: (key + p * ragged) % 4, fail={}, lose={}, ack_after=draw(st.integers(0, 2))
+        )
         self.executor = NullExecutor(groups, VOCAB, LENGTH_LIMIT, self.width, self.device, self.script, check_kv=True)
         self.executor.allocate(allocation)
         self.places = Places(3)
@@ -233,7 +235,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_order(self, opened):
         """Nobody who asks for no resource waits behind somebody whom the policy puts later."""
-        key = (lambda t: (t.request.priority, t.request.arrival)) if isinstance(self.policy, ByPriority) else lambda t: t.request.arrival
+        key = (
+            (lambda t: (t.request.priority, t.request.arrival))
+            if isinstance(self.policy, ByPriority)
+            else lambda t: t.request.arrival
+        )
         in_order = [t for t in opened if not t.request.resources]
         assert in_order == sorted(in_order, key=key)
         flying = {int(s) for plan, _ in self.flying for s in plan.rows}

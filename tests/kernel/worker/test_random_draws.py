@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_worker import numpy_bits, numpy_filter, numpy_gumbel
 
-from kernel_core.nn.draws import draw, gumbel, split_key, token_bits, uniform
+from kernel_core.nn.draws import draw, draw_kept, gumbel, split_key, token_bits, uniform
 from kernel_core.nn.sampler import lowest_kept
 from kernel_core.plan import SamplingRow
 
@@ -78,3 +78,11 @@ def test_neighbouring_positions_and_keys_draw_independently():
         cells = np.bincount((a * 4 + b).numpy(), minlength=16)
         expected = len(a) / 16
         assert ((cells - expected) ** 2 / expected).sum() < 15 + 4 * np.sqrt(30) + 4
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_drawing_from_few_tokens_is_the_same_draw(few):
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (300, 203)).astype(np.float32))
+    logits[logits < (1.5 if few else -9)] = float("-inf")
+    key, position = keys(range(300)), torch.arange(300)
+    assert torch.equal(draw(logits, key, position), draw_kept(logits.clone(), key, position))

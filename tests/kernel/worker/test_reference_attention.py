@@ -110,6 +110,17 @@ def test_masked_tokens_are_not_written_and_copies_read_before_they_write():
     assert kv[0][4].eq(1).all() and kv[0][5].eq(6).all()
 
 
+def test_what_a_query_does_not_see_cannot_break_it():
+    """The second token of the row was not written, and its slot holds NaN: only the query that sees it is broken."""
+    backend, spec = ReferenceAttention(), spec_of()
+    kv = backend.allocate(spec, torch.float32, BS, 4)
+    kv[0][5] = kv[1][5] = float("nan")
+    batch = AttentionBatch(torch.tensor([0, 2]), torch.tensor([2]), torch.tensor([[1]]), torch.tensor([4, -1]), BS, 2, 2)
+    k = torch.ones(2, KV, D)
+    out = backend.forward(torch.ones(2, HEADS, D), k, k * 2, kv, backend.plan(batch, [spec]), spec, None)
+    assert out[0].eq(2).all() and out[1].isnan().all()
+
+
 def test_bytes_per_block_is_what_a_block_takes():
     backend, spec = ReferenceAttention(), spec_of(v_head_dim=5)
     kv = backend.allocate(spec, torch.bfloat16, BS, 10)

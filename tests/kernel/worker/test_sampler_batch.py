@@ -106,9 +106,9 @@ def test_a_rows_result_is_bitwise_the_same_in_any_batch(seed, dtype):
             assert together.logprobs.rank[place] == alone.logprobs.rank[0]
 
 
-@pytest.mark.parametrize("first_look", [8, 2048])
-def test_heterogeneous_rows_draw_what_numpy_draws(first_look, monkeypatch):
-    monkeypatch.setattr("kernel_core.nn.sampler.FIRST_LOOK", first_look)
+@pytest.mark.parametrize("looks", [(8, 30), (256, 4096)])
+def test_heterogeneous_rows_draw_what_numpy_draws(looks, monkeypatch):
+    monkeypatch.setattr("kernel_core.nn.sampler.LOOKS", looks)
     rows = random_rows(11, 24)
     logits = np.random.default_rng(1).normal(0, 3, (24, SIZE)).astype(np.float32)
     got = sample(rows, torch.from_numpy(logits)).draws.tolist()
@@ -116,6 +116,14 @@ def test_heterogeneous_rows_draw_what_numpy_draws(first_look, monkeypatch):
         noise = numpy_gumbel(numpy_bits(1000 + i, i + 1, SIZE))
         want = numpy_filter(logits[i], row) + noise if row.temperature else logits[i]
         assert got[i] == int(np.argmax(want))
+
+
+def test_a_first_look_that_is_too_short_is_followed_by_a_full_one(monkeypatch):
+    monkeypatch.setattr("kernel_core.nn.sampler.LOOKS", (4,))
+    row, logits = SamplingRow(2.0, top_p=0.9), np.random.default_rng(3).normal(0, 1, SIZE).astype(np.float32)
+    got = sample([row] * 60, torch.from_numpy(logits).repeat(60, 1)).draws.tolist()
+    kept = numpy_filter(logits, row)
+    assert got == [int(np.argmax(kept + numpy_gumbel(numpy_bits(1000 + i, i + 1, SIZE)))) for i in range(60)]
 
 
 def test_ties_of_greedy_rows_go_to_the_lowest_id():
@@ -131,6 +139,7 @@ def test_a_greedy_batch_makes_no_noise_and_no_sort(monkeypatch):
         raise AssertionError("greedy rows need no draw")
 
     monkeypatch.setattr(module, "draw", never)
+    monkeypatch.setattr(module, "draw_kept", never)
     monkeypatch.setattr(module, "lowest_kept", never)
     logits = torch.randn(4, SIZE)
     assert sample([SamplingRow(0.0)] * 4, logits).draws.tolist() == logits.argmax(-1).tolist()

@@ -123,3 +123,18 @@ def test_absent_drafts_and_unsampled_rows_gain_nothing_by_accident():
     draws = torch.tensor([[-1, 6, 9], [5, 6, 9]])
     got = verify(drafts, parents, draws, torch.zeros(2, 3, dtype=torch.bool), torch.tensor([True, False]))
     assert got.count.tolist() == [1, 0] and got.accepted.tolist() == [0, 0]
+
+
+def test_absent_drafts_are_computed_but_not_written():
+    """After two real drafts of four, the cache ends with the last known token and those two."""
+    drafter = ScriptedDrafter(4, False, "right")
+    runner = make_runner(width=4, drafter=drafter)
+    driver = Driver(runner, width=4)
+    toy = driver.add([3, 1, 4, 1, 5], 12)
+    drafter.future = {0: [*toy.prompt, *oracle(toy.prompt, 12, toy.sampling)]}
+    drafter.draft = lambda ahead, known: [(ahead[0], -1), (ahead[1], 0)]
+    driver.step()
+    driver.step()
+    written = runner.kv.kv["layers.0"][0].flatten(1).any(1).nonzero().flatten()
+    assert written.tolist() == [4 + p for p in range(5 + 1 + 2)]
+    assert toy.drafted == toy.accepted == 2

@@ -30,23 +30,24 @@ struct Problem {
     Format format;
 };
 
+template <class Src> constexpr int kPairBytes = Src::kStride * sizeof(typename Src::Item);
+
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// `ahead`: distance in bytes of what to fetch on the way, further down the panels or in the next ones.
+// On the way it fetches from b + ahead on, `step` bytes for each pair, in every panel.
 // C[MR][NP * NR] (+)= A[pairs][2][MR] * B; the dot source takes A as [pairs][MR] pairs of bf16.
 template <class Src, int MR, int NP>
-void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, long pairs, long ahead, float *c,
+void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, long pairs, long ahead, int step, float *c,
                  ptrdiff_t ldc, bool first) {
-    constexpr int step = Src::kDot ? MR : 2 * MR;
+    const char *later = (const char *)b + ahead;
     vf acc[MR][NP * NV];
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int j = 0; j < NP * NV; ++j)
         acc[i][j] = first ? vf{} : load(c + i * ldc + j * W);
-    for (long p = 0; p < pairs; ++p) {
-        KC_UNROLL for (int q = 0; q < NP; ++q)
-            for (int o = 0; o < Src::kStride * (int)sizeof(typename Src::Item); o += 64)
-                __builtin_prefetch((const char *)(b + q * panel) + ahead + o);
+    for (long p = 0; p < pairs; ++p, later += step) {
+        KC_UNROLL for (int q = 0; q < NP; ++q) for (int o = 0; o < kPairBytes<Src>; o += 64)
+            __builtin_prefetch(later + q * panel * (ptrdiff_t)sizeof(typename Src::Item) + o);
         tile_pair<Src, MR, NP, NV, 1, MR>(acc, a, b, panel);
-        a += step;
+        a += Src::kDot ? MR : 2 * MR;
         b += Src::kStride;
     }
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int j = 0; j < NP * NV; ++j)
@@ -54,7 +55,7 @@ void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, l
 }
 
 template <class Src>
-using Kernel = void (*)(const float *, const typename Src::Item *, ptrdiff_t, long, long, float *, ptrdiff_t, bool);
+using Kernel = void (*)(const float *, const typename Src::Item *, ptrdiff_t, long, long, int, float *, ptrdiff_t, bool);
 
 template <class Src, int MR> Kernel<Src> pick(int rows, bool several) {
     if constexpr (MR > 0) {
@@ -138,13 +139,14 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
     const ptrdiff_t panel = p.pairs * Src::kStride;
     const long r0 = k.tiles.row(k.t0), rows = k.tiles.row(k.t1) - r0;
     const ptrdiff_t ldc = (end - begin) * NR;
-    const bool streaming = k.t1 - k.t0 == 1;
+    const int tiles = (int)(k.t1 - k.t0);
+    const bool streaming = tiles == 1;
     const long block = streaming ? p.pairs : kBlockPairs;
     const int a_step = Src::kDot ? 1 : 2;
     float *c = (float *)scratch(1, sizeof(float) * rows * ldc);
     for (long b = 0; b < p.pairs; b += block) {
         long pairs = std::min(block, p.pairs - b);
-        int wide = panels_at_once((int)(rows / (k.t1 - k.t0)));
+        int wide = panels_at_once((int)(rows / tiles));
         for (long q = begin; q < end; q += wide) {
             int take = (int)std::min<long>(wide, end - q);
             for (long t = k.t0; t < k.t1; ++t) {
@@ -154,9 +156,11 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
                 int np = panels_at_once(mr);
                 for (int s = 0; s < take;) {
                     bool several = take - s >= np;
-                    long ahead = streaming ? kAhead / (several ? np : 1) : t == k.t0 ? wide * panel * (long)sizeof(Item) : 0;
+                    // One tile: further down its panels. Several: the next panels, each tile its share of them.
+                    int step = (kPairBytes<Src> + tiles - 1) / tiles;
+                    long ahead = streaming ? kAhead / (several ? np : 1) : wide * panel * (long)sizeof(Item) + (t - k.t0) * step * pairs;
                     pick<Src, kMaxRows>(mr, several)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
-                                                     ahead, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
+                                                     ahead, step, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
                     s += several ? np : 1;
                 }
             }

@@ -1,0 +1,67 @@
+"""The ops of this device, in the shape that models call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_core.nn.api import OpRegistry
+from kernel_cpu import linear, pointwise
+
+OWNER = "cpu"
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class PackedLinearOp:
+    """Weights in the kernels' panels; the plain weight is not kept."""
+
+    keeps_weight = False
+
+    def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
+        return linear.pack(weight), bias
+
+    def __call__(self, x: Tensor, state: tuple[linear.PackedLinear, Tensor | None]) -> Tensor:
+        return linear.linear(x, state[0], state[1])
+
+    def rows(self, state: tuple[linear.PackedLinear, Tensor | None], ids: Tensor) -> Tensor:
+        return linear.unpack_rows(state[0], ids)
+
+
+class Int8LinearOp(PackedLinearOp):
+    """Weight-only int8, packed likewise."""
+
+    def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
+        return linear.pack_int8(weight), bias
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """In place, pairs (i, i + rot / 2)."""
+    pointwise.rotary(q, k, cos, sin, positions)
+    return q, k
+
+
+def rotary_interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """In place, pairs (2i, 2i + 1)."""
+    pointwise.rotary(q, k, cos, sin, positions, interleaved=True)
+    return q, k
+
+
+def gelu_tanh_mul(x: Tensor) -> Tensor:
+    return pointwise.gelu_mul(x, "tanh")
+
+
+def register(ops: OpRegistry) -> None:
+    """Offer everything for bf16 and fp32."""
+
+    def fits(**wanted: Any) -> Callable[[Mapping[str, Any]], bool]:
+        return lambda facts: facts.get("dtype") in DTYPES and all(facts.get(k) == v for k, v in wanted.items())
+
+    ops.register("linear", PackedLinearOp(), owner=OWNER, predicate=fits(format="plain"))
+    ops.register("linear", Int8LinearOp(), owner=OWNER, predicate=fits(format="int8"))
+    ops.register("rotary", rotary, owner=OWNER, predicate=fits(interleaved=False))
+    ops.register("rotary", rotary_interleaved, owner=OWNER, predicate=fits(interleaved=True))
+    ops.register("gelu_tanh_mul", gelu_tanh_mul, owner=OWNER, predicate=fits())
+    for name in ("rms_norm", "layer_norm", "embedding", "silu_mul", "gelu_mul"):
+        ops.register(name, getattr(pointwise, name), owner=OWNER, predicate=fits())

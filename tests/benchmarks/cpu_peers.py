@@ -1,0 +1,132 @@
+"""Ours against other engines on the CPU: the same random-weight checkpoint, the same workloads, in turn, each in its own process.
+
+    python tests/benchmarks/cpu_peers.py            # Qwen2.5-0.5B's shape in bf16; ratios, and build/bench/cpu.json
+    python tests/benchmarks/cpu_peers.py --quick    # a tiny shape and a tenth of the work: does it run?
+
+Peers are measured when their environment exists: build/bench-envs/NAME/bin/python (transformers: also the one that runs this).
+Every run records how many cores were busy with something else; disturbed runs are repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "bench"
+sys.path.insert(0, str(Path(__file__).parent))
+
+ENGINES = {  # name → where its environment is, and which of its workloads make sense
+    "ours": (None, ("a", "b", "c", "b-busy")),
+    "transformers": (None, ("a", "b", "c")),
+    "transformers-continuous": (None, ("a", "b", "c")),
+    "vllm": ("vllm", ("a", "b", "c", "b-busy")),
+    "llama-cpp": ("llama-cpp", ("a",)),
+}
+DISTURBED = 0.25  # foreign cores
+ATTEMPTS = 3
+QUICK = 0.1
+SHAPES = {
+    "full": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864)
+    | dict(vocab_size=151936),
+    "quick": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128)
+    | dict(vocab_size=512),
+}
+
+
+def make_checkpoint(name: str) -> Path:
+    """A random-weight Qwen2 checkpoint in bf16, made once."""
+    folder = BUILD / f"qwen2-{name}"
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    print(f"making {folder}", file=sys.stderr)
+    torch.manual_seed(0)
+    extra = dict(tie_word_embeddings=True, max_position_embeddings=4096, rope_theta=1e6, bos_token_id=None, eos_token_id=0)
+    Qwen2ForCausalLM(Qwen2Config(**SHAPES[name], **extra)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def python_of(engine: str) -> str | None:
+    """The interpreter of an engine's environment; None: there is none."""
+    folder = ENGINES[engine][0]
+    if folder is None:
+        return sys.executable
+    path = ROOT / "build" / "bench-envs" / folder / "bin" / "python"
+    return str(path) if path.exists() else None
+
+
+def run_engine(engine: str, python: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start the engine's own process; it measures all its workloads and prints one JSON object."""
+    names = [name for name in ENGINES[engine][1] if name in arguments.workloads]
+    command = [python, str(Path(__file__).with_name("cpu_engine.py")), engine, str(folder), ",".join(names)]
+    command += [str(arguments.threads), str(QUICK if arguments.quick else 1.0), str(DISTURBED), str(ATTEMPTS)]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=None if arguments.verbose else subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        lines = (done.stderr or "").strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+    return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(time.monotonic() - start, 2)}
+
+
+def table(results: dict[str, dict[str, Any]], workloads: list[str]) -> str:
+    """Tokens a second and, in brackets, ours divided by theirs."""
+    ours = results.get("ours", {}).get("workloads", {})
+    head = ["engine", *workloads, "start s", "peak MiB"]
+    rows = [head]
+    for engine, result in results.items():
+        if "error" in result:
+            rows.append([engine, f"failed: {result['error']}"])
+            continue
+        cells = []
+        for name in workloads:
+            found = result["workloads"].get(name)
+            speed = found and found["output_tokens_per_s"]
+            own = ours.get(name, {}).get("output_tokens_per_s")
+            ratio = f" ({own / speed:.2f}x)" if speed and own and engine != "ours" else ""
+            disturbed = "*" if found and found["foreign_cores"] > DISTURBED and name != "b-busy" else ""
+            cells.append(f"{speed:.1f}{disturbed}{ratio}" if speed else "-")
+        rows.append([engine, *cells, f"{result['start_seconds']:.1f}", f"{result['peak_memory_bytes'] / 2**20:.0f}"])
+    widths = [max(len(row[i]) for row in rows if len(row) > i and len(row) > 2) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) if len(row) > 2 else "  ".join(row) for row in rows]
+    return "\n".join([*lines, "", "tokens a second; (ours / theirs); * other programs took more than a quarter of a core"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and a tenth of the work")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; default all")
+    parser.add_argument("--workloads", default="a,b,c,b-busy", help="comma-separated; b-busy is b beside one busy core")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores available")
+    parser.add_argument("--verbose", action="store_true", help="show what the engines say")
+    parser.add_argument("--out", type=Path, default=BUILD / "cpu.json")
+    arguments = parser.parse_args()
+    arguments.workloads = arguments.workloads.split(",")
+    folder = make_checkpoint("quick" if arguments.quick else "full")
+    results: dict[str, dict[str, Any]] = {}
+    for engine in arguments.engines.split(","):
+        python = python_of(engine)
+        if python is None:
+            print(f"{engine}: not installed (make bench-peers installs it)", file=sys.stderr)
+            continue
+        print(f"{engine}: running ...", file=sys.stderr)
+        results[engine] = run_engine(engine, python, folder, arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"threads": arguments.threads, "quick": arguments.quick, "engines": results}, indent=1))
+    print(table(results, arguments.workloads))
+    print(f"written to {arguments.out}")
+    return 1 if "error" in results.get("ours", {}) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
