@@ -1,31 +1,37 @@
-"""Where a model is: a directory, an embedded checkpoint by name, or a hub id."""
+"""From the name of a model to a directory: a directory itself, an embedded checkpoint, or a repository of the hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from kernel_core.discovery import Installed, did_you_mean, load
 from kernel_core.errors import ConfigError
 
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]  # no pickles
+KIND = "checkpoint"
+WEIGHTS = "*.safetensors"
+FILES = [WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]  # nothing that can run code when it is loaded
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_checkpoint(name: str) -> Path:
-    """→ the checkpoint's directory. A hub id is taken from the local cache, else downloaded (only safetensors and text
-    files). Raises ConfigError that says what was tried."""
+    """Where the files of a checkpoint are; a repository of the hub is downloaded unless it is on this machine already.
+    Rate: build. Raises ConfigError saying what was tried."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.exists():
         return path
-    embedded = Installed().all("checkpoint")
-    for found in embedded:
-        if found.name == name:
-            return load(found)()
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    installed = Installed()
+    found = installed.get(KIND, name)
+    if found is not None:
+        return Path(load(found)())
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ConfigError(f"model = {name!r}: there is no such directory")
+    if _HUB_ID.fullmatch(name):
         return _from_hub(name)
-    names = [found.name for found in embedded]
+    embedded = installed.names(KIND)
     raise ConfigError(
-        f"model = {name!r} is neither a directory, nor a hub id (owner/name), nor an embedded checkpoint "
-        f"({', '.join(names) or 'none is installed'}){did_you_mean(name, names)}"
+        f"model = {name!r} is no directory, no embedded checkpoint (installed: {', '.join(embedded) or 'none'}) and no hub id"
+        f" of the form owner/name{did_you_mean(name, embedded)}"
     )
 
 
@@ -33,13 +39,26 @@ def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ConfigError(f"model = {name!r} is a hub id: pip install huggingface-hub, or give a local directory") from error
+        raise ConfigError(f"model = {name!r} looks like a hub id; to download it: pip install huggingface_hub") from error
+    local = _complete_snapshot(name)
+    if local is not None:
+        return local
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
-    except (OSError, ValueError):
-        pass  # not in the local cache
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:
+        raise ConfigError(
+            f"model = {name!r} is not on this machine and could not be downloaded ({type(error).__name__}: {error})."
+            f" Without a network, give a directory that holds config.json and the weights"
+        ) from error
+
+
+def _complete_snapshot(name: str) -> Path | None:
+    """The snapshot that an earlier download left here, when it has weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"model = {name!r} is not in the local hub cache and could not be downloaded: {reason}") from error
+        path = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return path if any(path.glob(WEIGHTS)) else None

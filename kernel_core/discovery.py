@@ -66,7 +66,7 @@ def _describe(kind: str, point: metadata.EntryPoint) -> Found:
     about = point.dist
     if about is None:
         return Found(kind, point.name, point.value, "unknown", "0")
-    return Found(kind, point.name, point.value, about.name, about.version, about.metadata.get("Summary") or "")
+    return Found(kind, point.name, point.value, about.name, about.version, about.metadata["Summary"] or "")
 
 
 def load_value(value: str) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from kernel_core.config import KernelConfig
 from kernel_core.discovery import Found, Installed, install_hint, load, profile, profile_data
+from kernel_core.enabling import configure
 from kernel_core.errors import PluginError
-from kernel_core.resolver import configure
 
 
 @dataclass(frozen=True, slots=True)

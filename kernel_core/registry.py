@@ -24,7 +24,7 @@ from kernel_core.settings import validate_section
 if TYPE_CHECKING:
     from kernel_core.resolver import ResolvedPlan
 
-HOOKS: dict[str, Callable[..., Any]] = {name: f for name, f in vars(hookspecs).items() if hasattr(f, "composes")}
+HOOKS: dict[str, Any] = {name: f for name, f in vars(hookspecs).items() if hasattr(f, "composes")}
 _FORBIDDEN = ("tryfirst", "trylast", "hookwrapper", "wrapper")
 _CLOSED_BY_KERNEL = ("make_device", "make_executor")  # their protocols have a `close` that the engine or worker calls
 
@@ -54,7 +54,7 @@ def plugin_manager(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
     """pluggy calls last registered first, so the last in order is registered first."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for name, plugin in reversed(plugins.items()):
+    for name, plugin in list(plugins.items()):
         try:
             manager.register(plugin, name)
             manager.check_pending()
@@ -95,7 +95,8 @@ class Registry:
 
     def __init__(self, plan: ResolvedPlan, part: Part, model: ModelInfo) -> None:
         plan.verify_installed()
-        self.plan, self.part, self.model = plan, part, model
+        self.plan, self.model = plan, model
+        self.part: Part = part
         entries = {entry.name: entry for entry in (plan.device, *plan.plugins)}
         modules = {name: load(entry.found) for name, entry in entries.items()}
         self._manifests: dict[str, Manifest] = {name: module.manifest for name, module in modules.items()}

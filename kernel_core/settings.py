@@ -82,12 +82,14 @@ def parse_setting(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set {text}: write PATH=VALUE, for example --set engine.max_requests=8")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
         parsed = value.strip()
         if parsed[:1] in ("", "[", "{", '"', "'"):
             raise ConfigError(f"--set {text}: the value is neither TOML nor a bare word: {error}") from error
-    return reduce(lambda inner, key: {key: inner}, reversed(keys), parsed)
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return parsed
 
 
 # ---- merging and validating

@@ -21,6 +21,7 @@ def _weights() -> dict[str, np.ndarray]:
 
     weights = {f"{name}.weight": random(VOCAB, HIDDEN, 0.6) for name in ("model.embed_tokens", "lm_head")}
     weights["model.embed_tokens.weight"][256] = np.nan
+    weights["lm_head.weight"][256] = 0.0  # so that it is hardly ever sampled
     weights["model.norm.weight"] = np.ones(HIDDEN, np.float32)
     head = HIDDEN // HEADS
     shapes = {

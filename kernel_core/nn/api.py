@@ -1,6 +1,33 @@
 """Everything a plugin's torch side may import from the worker kernel."""
 
 from kernel_core.contexts import ModelInfo
+from kernel_core.nn.decoder import (
+    DECODER_WEIGHTS,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    Taps,
+    layer_types,
+    layer_windows,
+    read_decoder,
+    required,
+)
+from kernel_core.nn.layers import (
+    Attention,
+    AttentionShape,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    LogitsHead,
+    Output,
+    RMSNorm,
+    UnknownPart,
+    VocabEmbedding,
+    activation_op,
+    gated_op,
+)
+from kernel_core.nn.moe import MoE, MoEShape
+from kernel_core.nn.ops import PreparedOp
 from kernel_core.nn.protocols import (
     AttentionBackend,
     AttentionBatch,
@@ -22,6 +49,7 @@ from kernel_core.nn.protocols import (
     Weights,
     WorkerContext,
 )
+from kernel_core.nn.rope import RopeConfig, Rotary, read_rope
 from kernel_core.nn.transfer import upload
 
 
@@ -34,25 +62,52 @@ def open_worker(plan: bytes, model: ModelInfo, rank: int = 0, world_size: int = 
 
 
 __all__ = [
+    "Attention",
     "AttentionBackend",
     "AttentionBatch",
+    "AttentionShape",
     "AttentionSpec",
+    "DECODER_WEIGHTS",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
     "Device",
     "DraftView",
     "Drafter",
     "Forward",
+    "GatedMLP",
     "HostTurn",
+    "LayerNorm",
+    "Linear",
+    "LogitsHead",
     "LogitsTransform",
     "MemoryReport",
+    "MoE",
+    "MoEShape",
     "Model",
     "ModelContext",
     "OpRegistry",
+    "Output",
+    "PreparedOp",
+    "RMSNorm",
     "Rank",
+    "RopeConfig",
+    "Rotary",
     "StepInputs",
     "StepView",
+    "Taps",
+    "UnknownPart",
+    "VocabEmbedding",
     "WeightFormat",
     "Weights",
     "WorkerContext",
+    "activation_op",
+    "gated_op",
+    "layer_types",
+    "layer_windows",
     "open_worker",
+    "read_decoder",
+    "read_rope",
+    "required",
     "upload",
 ]

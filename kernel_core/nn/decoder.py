@@ -87,7 +87,7 @@ def read_decoder(config: Mapping[str, Any], **settings: Any) -> DecoderConfig:
 
 
 def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:
-    """"full_attention" or "sliding_attention" of every layer. Raises ConfigError for any other type."""
+    """ "full_attention" or "sliding_attention" of every layer. Raises ConfigError for any other type."""
     types = config.get("layer_types") or default
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
@@ -148,8 +148,30 @@ def _attention_shape(config: DecoderConfig, index: int) -> AttentionShape:
     )
 
 
+class Taps:
+    """The tap points of a stack of layers: "embedding", "layers.N" (the hidden state after layer N) and "norm"."""
+
+    def __init__(self, num_layers: int, names: Sequence[str]) -> None:
+        self.points = {"embedding": "the input of the first layer", "norm": "after the final norm"} | {
+            f"layers.{index}": f"the hidden state after layer {index}" for index in range(num_layers)
+        }
+        self.select(names)
+
+    def select(self, names: Sequence[str]) -> None:
+        """Which points are filled from now on. Rate: build. Raises ConfigError for an unknown one."""
+        unknown = sorted(set(names) - set(self.points))
+        if unknown:
+            raise ConfigError(f"the model has no tap points {unknown}; there are {sorted(self.points)}")
+        self._names = frozenset(names)
+
+    def __call__(self, fwd: Forward, name: str, x: Tensor, residual: Tensor | None = None) -> None:
+        """The model passes a point. Rate: graph."""
+        if name in self._names:
+            fwd.taps[name] = x if residual is None else x + residual
+
+
 class Decoder(nn.Module):
-    """Implements `Model`. Tap points: "embedding", "layers.N" (the hidden state after layer N) and "norm"."""
+    """Implements `Model`; its tap points are those of `Taps`."""
 
     def __init__(self, config: DecoderConfig, ctx: ModelContext) -> None:
         super().__init__()
@@ -163,18 +185,11 @@ class Decoder(nn.Module):
             DecoderLayer(ctx, config, index, rotaries.get(rope)) for index, rope in enumerate(config.ropes)
         )
         self.norm = _norm(ctx, config)
-        self.head = LogitsHead(ctx, config.vocab_size, config.hidden_size, self.embedding if config.tied else None, config.logit_cap)
-        self.tap_points = {"embedding": "the input of the first layer", "norm": "after the final norm"} | {
-            f"layers.{index}": f"the hidden state after layer {index}" for index in range(config.num_layers)
-        }
-        self.select_taps(ctx.taps)
-
-    def select_taps(self, names: Sequence[str]) -> None:
-        """Which tap points `forward` fills from now on. Rate: build. Raises ConfigError for an unknown one."""
-        unknown = sorted(set(names) - set(self.tap_points))
-        if unknown:
-            raise ConfigError(f"the model has no tap points {unknown}; there are {sorted(self.tap_points)}")
-        self._taps = frozenset(names)
+        self.head = LogitsHead(
+            ctx, config.vocab_size, config.hidden_size, self.embedding if config.tied else None, config.logit_cap
+        )
+        self.taps = Taps(config.num_layers, ctx.taps)
+        self.tap_points = self.taps.points
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, H], scaled as the model does."""
@@ -186,17 +201,13 @@ class Decoder(nn.Module):
         x, residual = self.embed(fwd.token_ids), None
         if fwd.embeds is not None:
             x = torch.where(fwd.embeds_mask[:, None], fwd.embeds.to(x.dtype), x)
-        self._tap(fwd, "embedding", x, None)
+        self.taps(fwd, "embedding", x)
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, fwd)
-            self._tap(fwd, f"layers.{index}", x, residual)
+            self.taps(fwd, f"layers.{index}", x, residual)
         x, _ = self.norm(x, residual)
-        self._tap(fwd, "norm", x, None)
+        self.taps(fwd, "norm", x)
         return x
-
-    def _tap(self, fwd: Forward, name: str, x: Tensor, residual: Tensor | None) -> None:
-        if name in self._taps:
-            fwd.taps[name] = x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] → [N, V], in the model's dtype."""

@@ -271,6 +271,12 @@ class TiedHead(nn.Module):
     def expected(self) -> frozenset[str]:
         return frozenset()
 
+    def load(self, part: str, tensor: Tensor) -> list[str]:
+        """A checkpoint that stores the head although it is tied stores the embedding a second time."""
+        if part != "weight":
+            raise UnknownPart(part)
+        return [part]
+
     def finish(self) -> None:
         (embedding,) = self._embedding
         rows, width = embedding.weight.shape
@@ -288,7 +294,9 @@ class TiedHead(nn.Module):
 class LogitsHead(nn.Module):
     """Hidden [N, H] → logits [N, V], gathered from the ranks. `tied`: the embedding whose weight it uses."""
 
-    def __init__(self, ctx: ModelContext, vocab_size: int, hidden_size: int, tied: VocabEmbedding | None, cap: float | None) -> None:
+    def __init__(
+        self, ctx: ModelContext, vocab_size: int, hidden_size: int, tied: VocabEmbedding | None, cap: float | None
+    ) -> None:
         super().__init__()
         each = -(-vocab_size // ctx.world_size)
         self.vocab_size, self.cap = vocab_size, cap

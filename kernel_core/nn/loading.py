@@ -1,15 +1,15 @@
 """From a family and a checkpoint to a model that is ready to run.
 
-Order: the modules on the meta device → weight formats replace linears → wrappers wrap → weights stream in, each checkpoint
-tensor to its part → `finish()` of every module. A live update is the same stream and `finish()` again."""
+Modules are built on the meta device; weight formats replace parameters and wrappers wrap, in resolved order; then the
+checkpoint's tensors stream in, each to its part, and a layer is finished as soon as it is whole, so that no more than one
+layer exists twice while its weights are laid out. A live update is the same stream again: `model.loader.load(tensors)`.
+"""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,177 +17,216 @@ from torch import Tensor, nn
 from kernel_core.discovery import load_value
 from kernel_core.errors import ConfigError, PluginError
 from kernel_core.manifest import ModelFamily
-from kernel_core.nn.protocols import ModelContext
-from kernel_core.registry import Registry
+from kernel_core.nn.layers import UnknownPart
+from kernel_core.nn.protocols import ModelContext, Weights
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SHOWN = 8  # names listed in a message
 RANDOM_STD = 0.02
-TIED = ("embed_tokens.weight", "lm_head.weight")  # a tied model keeps one tensor, in its head
+REST = "**"
 
 
-@dataclass(frozen=True, slots=True)
-class WeightMap:
-    """A family's name map, as data: used by loading, adapters, quantisation and live updates alike.
+class Hooks(Protocol):
+    """The worker's hooks, each plugin's with its own context."""
 
-    rename: (pattern, replacement) applied in order to every checkpoint name. split: a checkpoint tensor that holds several
-    parts, by the last component of its module path. ignore: patterns of names that are not needed."""
+    def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """(plugin, answer) of every plugin that answers, in resolved order."""
+        ...
 
-    rename: Sequence[tuple[str, str]] = (("^model\\.", ""),)
-    split: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    ignore: Sequence[str] = ("rotary_emb\\.inv_freq$",)
-
-    def __call__(self, name: str) -> str | None:
-        """The name in our model, None when it is not needed."""
-        if any(re.search(pattern, name) for pattern in self.ignore):
-            return None
-        for pattern, replacement in self.rename:
-            name = re.sub(pattern, replacement, name)
-        return name
+    def chain(self, hook: str) -> list[Callable[..., Any]]:
+        """Every plugin's implementation, in resolved order, for threading a value through."""
+        ...
 
 
-def build_model(family: ModelFamily, ctx: ModelContext, registry: Registry) -> nn.Module:
-    """Build and load. Raises ConfigError for a checkpoint that does not fit, PluginError for a broken plugin."""
-    with torch.device("meta"):
-        model = load_value(family.build)(ctx)
-    names = load_value(family.weights)
-    _replace(model, registry)
-    loader = WeightLoader(model, names)
+def build_model(family: ModelFamily, ctx: ModelContext, hooks: Hooks) -> nn.Module:
+    """Build, load and finish. Rate: build. Raises ConfigError when the checkpoint does not fit the model, PluginError when no
+    enabled plugin reads its format."""
+    model = load_value(family.build)(ctx)
+    _apply_formats(model, hooks)
+    model.loader = WeightLoader(model, NameMap(load_value(family.weights)))
+    model.loader.wrappers = _apply_wrappers(model, hooks)
     if ctx.config.engine.random_weights:
-        loader.fill_randomly(seed=ctx.config.engine.seed or 0)
+        model.loader.randomise(ctx.device)
     else:
-        loader.load(_tensors(ctx, registry))
-    model.eval()
-    return model
+        model.loader.load(_tensors(ctx, hooks))
+    return model.eval()
 
 
-def _tensors(ctx: ModelContext, registry: Registry) -> Iterable[tuple[str, Tensor]]:
-    for _, checkpoint in registry.call("make_checkpoint"):
-        if checkpoint.format == ctx.info.format:
-            return checkpoint.tensors(ctx.info.path)
-    raise PluginError(f"no enabled plugin reads checkpoints of the format {ctx.info.format!r}")
+def _tensors(ctx: ModelContext, hooks: Hooks) -> Weights:
+    formats = {made.format: made for _, made in hooks.call("make_checkpoint")}
+    if ctx.info.format not in formats:
+        raise PluginError(f"no enabled plugin reads {ctx.info.format!r} checkpoints; enabled formats: {sorted(formats)}")
+    return formats[ctx.info.format].tensors(ctx.info.path)
 
 
-def _replace(model: nn.Module, registry: Registry) -> None:
-    """Weight formats, then wrappers, in resolved order; parents come before children."""
-    formats = [answer for _, answer in registry.call("make_weight_format")]
-    for path, module in list(model.named_modules()):
-        if not hasattr(module, "slices"):
-            continue
-        for weight_format in formats:
-            module = weight_format.replace(path, module) or module
-        set_module(model, path, module)
-        for _, wrapped in registry.call("wrap_module", path=path, module=module):
-            set_module(model, path, wrapped)
+# ---- hooks
 
 
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def parallel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, layer) of everything that weight formats and wrappers see: what states `parts` and `shard`."""
+    return [(path, m) for path, m in model.named_modules() if hasattr(m, "parts") and hasattr(m, "shard")]
+
+
+def _apply_formats(model: nn.Module, hooks: Hooks) -> None:
+    formats = [made for _, made in hooks.call("make_weight_format")]
+    for path, layer in parallel_layers(model) if formats else ():
+        replaced = next((new for f in formats if (new := f.replace(path, layer)) is not None), None)
+        if replaced is not None:
+            model.set_submodule(path, replaced)
+
+
+def _apply_wrappers(model: nn.Module, hooks: Hooks) -> list[nn.Module]:
+    """Each plugin sees what the one before it made."""
+    wrappers, wraps = [], hooks.chain("wrap_module")
+    for path, layer in parallel_layers(model) if wraps else ():
+        for wrap in wraps:
+            wrapper = wrap(path=path, module=layer)
+            if wrapper is not None:
+                model.set_submodule(path, wrapper)
+                wrappers.append(wrapper)
+                layer = wrapper
+    return wrappers
+
+
+# ---- names
+
+
+class NameMap:
+    """A family's name map: checkpoint name → "module.path" or "module.path:part"; None: the tensor is not needed.
+
+    "*" stands for a number, in order on both sides. A key names a module's tensors by what comes before their last word,
+    which then ends the part ("...q_proj" → "qkv:q" sends "...q_proj.weight" to the part "q.weight"), or one tensor in
+    full. The key "**" takes every other name, whole, as the part."""
+
+    def __init__(self, entries: Mapping[str, str | None]) -> None:
+        self.entries = dict(entries)
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """(module path, part), or None when the tensor is not needed. Raises LookupError for an unknown name."""
+        words = name.split(".")
+        pattern = ["*" if word.isdigit() else word for word in words]
+        numbers = [word for word in words if word.isdigit()]
+        for end, kind in ((None, ""), (-1, words[-1])):
+            key = ".".join(pattern[:end])
+            if key in self.entries:
+                return _target(self.entries[key], numbers, kind)
+        if REST in self.entries:
+            return self.entries[REST], name
+        raise LookupError(name)
+
+
+def _target(target: str | None, numbers: list[str], kind: str) -> tuple[str, str] | None:
+    if target is None:
+        return None
+    for number in numbers:
+        target = target.replace("*", number, 1)
+    path, _, part = target.partition(":")
+    return path, ".".join(word for word in (part, kind) if word)
+
+
+# ---- weights
 
 
 class WeightLoader:
-    """Where each checkpoint tensor goes. Built once per model; `load` may run again for a live update."""
+    """Streams tensors into a model's layers. Keeps the layers it knew before they were wrapped."""
 
-    def __init__(self, model: nn.Module, names: WeightMap) -> None:
-        self.model, self.names = model, names
-        self.targets: dict[str, tuple[nn.Module, str, str]] = {}
-        for path, module in model.named_modules():
-            self._collect(path, module)
+    def __init__(self, model: nn.Module, names: NameMap) -> None:
+        self.names, self.wrappers = names, []
+        self.layers = {path: m for path, m in model.named_modules() if callable(getattr(m, "finish", None))}
+        self.bytes = sum(p.numel() * p.itemsize for p in model.parameters())
 
-    def _collect(self, path: str, module: nn.Module) -> None:
-        if hasattr(module, "slices"):
-            prefix = path.rpartition(".")[0]
-            kinds = ("weight", "bias") if module.bias is not None else ("weight",)
-            for part in module.slices:
-                for kind in kinds:
-                    self.targets[f"{prefix}.{part}.{kind}".lstrip(".")] = (module, part, kind)
-        elif hasattr(module, "part_names"):
-            for part in module.part_names():
-                self.targets[f"{path}.{part}.weight"] = (module, part, "weight")
-        elif hasattr(module, "load"):
-            for kind in module.shapes:
-                self.targets[f"{path}.{kind}"] = (module, path.rpartition(".")[2], kind)
+    def load(self, tensors: Weights) -> None:
+        """Load every tensor and finish every layer. The first time all parts must come; later, in a live update, whole
+        layers may be left out. Rate: build, update. Raises ConfigError listing what is missing or not expected."""
+        missing = {path: set(getattr(layer, "expected", ())) for path, layer in self.layers.items()}
+        own = {path for path, parts in missing.items() if not parts}
+        unexpected: list[str] = []
+        with _Bar(self.bytes) as bar:
+            for name, tensor in tensors:
+                path = self._place(name, tensor, missing, unexpected)
+                bar(tensor.nbytes)
+                if path is not None and not missing[path] and path not in own:
+                    self.layers[path].finish()
+        absent = [f"{path} ({part})" for path, parts in missing.items() for part in sorted(parts)]
+        if absent or unexpected:
+            raise ConfigError(_mismatch(absent, unexpected))
+        self._finish(own)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], progress: bool | None = None) -> None:
-        """Stream all tensors in; raises ConfigError naming what is missing or left over."""
-        missing, unexpected = set(self.targets), []
-        for name, tensor in _shown(tensors, progress):
-            own = self.names(name)
-            if own == TIED[0] and own not in self.targets:
-                own = TIED[1]
-            for part, piece in self._pieces(own, tensor):
-                target = self.targets.get(part)
-                if target is None:
-                    unexpected.append(name)
-                else:
-                    target[0].load(target[1], target[2], piece)
-                    missing.discard(part)
-        if missing or unexpected:
-            raise ConfigError(
-                f"the checkpoint does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}"
-            )
-        self.finish()
+    def _place(self, name: str, tensor: Tensor, missing: dict[str, set[str]], unexpected: list[str]) -> str | None:
+        """Give a tensor to its layer; the layer's path, None when it went nowhere."""
+        try:
+            found = self.names.find(name)
+            if found is None:
+                return None
+            path, part = found
+            filled = self.layers[path].load(part, tensor)
+        except (LookupError, UnknownPart):
+            unexpected.append(name)
+            return None
+        except ConfigError as error:
+            raise ConfigError(f"the checkpoint's tensor {name!r} does not fit: {error}") from error
+        missing[path].difference_update([part] if filled is None else filled)
+        return path
 
-    def _pieces(self, name: str | None, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-        if name is None:
-            return
-        prefix, _, kind = name.rpartition(".")
-        parent, _, last = prefix.rpartition(".")
-        parts = self.names.split.get(last)
-        if parts is None:
-            yield name, tensor
-            return
-        full = [f"{parent}.{part}.{kind}" for part in parts]
-        module = self.targets[full[0]][0]
-        sizes = {p.name: p.size for p in module.parts}
-        yield from zip(full, tensor.split([sizes[part] for part in parts]))
+    def _finish(self, paths: set[str]) -> None:
+        """What waits for others: layers without tensors of their own, then the wrappers."""
+        for path, layer in self.layers.items():
+            if path in paths:
+                layer.finish()
+        for wrapper in self.wrappers:
+            if callable(getattr(wrapper, "finish", None)):
+                wrapper.finish()
 
-    def fill_randomly(self, seed: int) -> None:
-        """Seeded normal weights, ones for norms: for benchmarks."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, (module, part, kind) in self.targets.items():
-            shape = _shape(module, part, kind)
-            if len(shape) == 1:
-                value = torch.zeros(shape) if kind == "bias" or getattr(module, "offset", 0) else torch.ones(shape)
-            else:
-                value = torch.empty(shape).normal_(0, RANDOM_STD, generator=generator)
-            module.load(part, kind, value.to(module.ctx.dtype))
-        self.finish()
-
-    def finish(self) -> None:
-        for module in self.model.modules():
-            if module is not self.model and hasattr(module, "finish"):
-                module.finish()
-        if hasattr(self.model, "finish"):
-            self.model.finish()
+    def randomise(self, device: torch.device, seed: int = 0) -> None:
+        """Fill everything with seeded random numbers: vectors named weight with ones, the rest normal. Reads nothing."""
+        generator = torch.Generator(device).manual_seed(seed)
+        for layer in self.layers.values():
+            if hasattr(layer, "randomise"):
+                layer.randomise(generator)
+                continue
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                value = torch.empty_like(parameter, device=device)
+                ones = name == "weight" and value.dim() == 1
+                value = value.fill_(1) if ones else value.normal_(0, RANDOM_STD, generator=generator)
+                setattr(layer, name, nn.Parameter(value, requires_grad=False))
+            if getattr(layer, "expected", ()):
+                layer.finish()
+        self._finish({path for path, layer in self.layers.items() if not getattr(layer, "expected", ())})
 
 
-def _shape(module: Any, part: str, kind: str) -> tuple[int, ...]:
-    if hasattr(module, "slices"):
-        size = {p.name: p.size for p in module.parts}[part]
-        return (size, module.in_features) if kind == "weight" else (size,)
-    if hasattr(module, "part_names"):
-        width = (module.hidden, module.intermediate)
-        return width if part.endswith("down_proj") else width[::-1]
-    return module.shapes[kind]
+def _mismatch(missing: list[str], unexpected: list[str]) -> str:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing: {some(missing)}")
+    if unexpected:
+        parts.append(f"{len(unexpected)} are not part of the model: {some(unexpected)}")
+    return f"the checkpoint does not fit its config.json: {'; '.join(parts)}"
 
 
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
-    return (", ".join(ordered[:5]) + more) or "nothing"
+class _Bar:
+    """A bar of bytes on a terminal; calls with a number of bytes advance it."""
 
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.bar: Progress | None = None
 
-def _shown(tensors: Iterable[tuple[str, Tensor]], progress: bool | None) -> Iterable[tuple[str, Tensor]]:
-    """With a count of bytes on a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from tensors
-        return
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    def __enter__(self) -> Callable[[int], None]:
+        if not sys.stderr.isatty():
+            return lambda size: None
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("loading weights"), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.advance(task, tensor.nbytes)
+        columns = TextColumn("loading weights"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn()
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task("", total=self.total)
+        return lambda size: self.bar.advance(task, size)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

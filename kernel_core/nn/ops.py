@@ -4,10 +4,11 @@ An op is resolved once per call site, at build, from the site's static facts (dt
 H hidden size, F intermediate size, E experts, V vocabulary. Signatures, for references and devices alike:
 
     embedding(ids [T] int64, weight [V, H]) → [T, H]
-    linear(x [T, K], state) → [T, N]                                    facts: format, dtype, in_features, out_features, bias, tied
-    rms_norm(x [T, H], weight [H], eps, residual or None, offset) → (normalised, x + residual)         facts: dtype, size, offset
+    linear(x [T, K], state) → [T, N]    facts: format, dtype, in_features, out_features, bias, tied
+    rms_norm(x [T, H], weight [H], eps, residual or None, offset) → (normalised, x + residual)    facts: dtype, size, offset
     layer_norm(x, weight or None, bias or None, eps, residual or None) → (normalised, x + residual)    facts: dtype, size
-    rotary(q [T, Hq, D], k [T, Hk, D], cos [P, rot / 2], sin, positions [T] int64) → (q, k)            facts: dtype, head_dim, interleaved
+    rotary(q [T, Hq, D], k [T, Hk, D], cos [P, rot / 2], sin, positions [T] int64) → (q, k)
+                                                                      facts: dtype, head_dim, interleaved
     silu_mul(x [T, 2F]), gelu_mul(x), gelu_tanh_mul(x) → [T, F]: activation of the first half times the second half
     relu(x), silu(x), gelu(x), gelu_tanh(x) → the shape of x
     soft_cap(x, cap) → tanh(x / cap) * cap
@@ -152,9 +153,7 @@ class Int8Linear:
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: int = 0
-) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
     """In float32. Offset 0: rounded to x's dtype, then times weight; offset 1: times 1 + weight in float32, rounded once."""
     total = x if residual is None else x + residual
     wide = total.float()

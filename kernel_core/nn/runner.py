@@ -11,7 +11,6 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -23,13 +22,14 @@ from kernel_core.errors import ConfigError, PluginError
 from kernel_core.nn.inputs import Layout, Step, StepInputBuilder
 from kernel_core.nn.kv import KVStore
 from kernel_core.nn.logprobs import LogprobColumns, prompt_logprobs
+from kernel_core.nn.pending import Pending
 from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, Model, StepInputs
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import Download
 from kernel_core.nn.transforms import MaskRows, Transforms
 from kernel_core.nn.verify import Verified, compaction, verify
-from kernel_core.plan import Ack, Allocation, Job, Logprobs, StepPlan, StepResult
+from kernel_core.plan import Ack, Allocation, Job, StepPlan
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     "block_tables": BlockTables,
@@ -37,67 +37,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "graphs": lambda model: model,
     "sampler": Sampler,
 }
-UNUSABLE = "the model gave NaN, or no token is allowed"
 Jobs = Mapping[str, Callable[[bytes], bytes]]  # by plugin: what its worker part does with a job
-
-
-@dataclass(slots=True)
-class Pending:
-    """A submitted step; `result()` waits for it."""
-
-    runner: Runner
-    plan: StepPlan
-    layout: Layout | None = None
-    download: Download | None = None
-    logprobs: LogprobColumns | None = None
-    prompt: LogprobColumns | None = None
-    acks: tuple[Ack, ...] = ()
-    timings: dict[str, float] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] | None = None
-
-    def wait(self) -> dict[str, np.ndarray]:
-        """The step's host arrays. Called in order of submission."""
-        if self.arrays is None:
-            self.arrays = self.download.arrays() if self.download else {}
-        return self.arrays
-
-    def result(self) -> StepResult:
-        self.runner.settle(self)
-        host, empty = self.wait(), np.zeros(0, np.int32)
-        if self.layout is None:
-            nothing = np.zeros(1, np.int32)
-            return StepResult(self.plan.plan_id, empty, nothing, empty, empty, empty, empty, acks=self.acks, timings=self.timings)
-        tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
-        count, accepted, drafted, computed, drafts = numbers
-        kept = np.arange(tokens.shape[1]) < count[:, None]
-        slots = self.plan.rows
-        return StepResult(
-            self.plan.plan_id,
-            tokens=tokens[kept],
-            offsets=np.concatenate([[0], np.cumsum(count)]).astype(np.int32),
-            computed=computed,
-            drafted=drafted,
-            accepted=accepted,
-            drafts=drafts,
-            logprobs=self._logprobs(host, count),
-            prompt_logprobs=self._prompt_logprobs(host),
-            acks=self.acks,
-            failed=tuple((int(slots[r]), UNUSABLE) for r in np.flatnonzero(bad)),
-            timings=self.timings,
-        )
-
-    def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
-        """Those of the places that the accepted path went through, in path order."""
-        if self.logprobs is None:
-            return None
-        row, draft = self.logprobs.row, self.layout.logits_draft[self.logprobs.where]
-        order = host["order"][row, draft]  # how many drafts were accepted before this place, -1: not on the path
-        return self.logprobs.collect(host, "logprobs.", (order >= 0) & (order < count[row]), host["known"][row] + order)
-
-    def _prompt_logprobs(self, host: Mapping[str, np.ndarray]) -> Logprobs | None:
-        if self.prompt is None:
-            return None
-        return self.prompt.collect(host, "prompt.", np.ones(len(self.prompt.row), bool), self.prompt.where)
 
 
 class Runner:
@@ -141,7 +81,7 @@ class Runner:
         clock = _Clock()
         acks = self._apply(plan)
         if not len(plan.rows):
-            return Pending(self, plan, acks=acks, timings=clock.done())
+            return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
         step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
         clock.lap("inputs")
@@ -156,7 +96,7 @@ class Runner:
         clock.lap("propose")
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
-        pending = Pending(self, plan, step.layout, download, logprobs, prompt, acks, clock.done())
+        pending = Pending(plan, step.layout, download, logprobs, prompt, acks, clock.done(), self.settle)
         if self.transforms.has_host:
             self._unsettled.append(pending)
         return pending

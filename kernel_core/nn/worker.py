@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -58,8 +59,10 @@ class Worker:
         self.made_for = int(model_number(self.info.config, LENGTH_KEYS, None if limit == "auto" else limit))
         self._size(self.engine.max_requests, self.made_for if limit == "auto" else limit, self.engine.max_tokens_per_step)
         self.block_size = choose_block_size(self.engine.block_size, self.capabilities, self.max_model_len)
-        self.model = self._timed("model", self._build_model)
         self.drafter = self._one("make_drafter")
+        if self.drafter and self.drafter.tree and not self.capabilities.tree_attention:
+            raise ConfigError("the drafter drafts trees, and this device has no tree attention: draft chains")
+        self.model = self._timed("model", self._build_model)
         self._register_calls()
         return self._report()
 
@@ -87,6 +90,7 @@ class Worker:
             attention=self.attention,
             rank=self.rank,
             world_size=self.world_size,
+            taps=tuple(self.drafter.taps) if self.drafter else (),
         )
         return build_model(find_family(self.info.architecture), context, _WorkerHooks(self.registry, self.context))
 
@@ -214,6 +218,11 @@ class _WorkerHooks:
 
     def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
         return self._registry.call(hook, self._context, **arguments)
+
+    def chain(self, hook: str) -> list[Callable[..., Any]]:
+        """Each plugin's implementation with its own context, in order; for callers that thread a value through."""
+        found = self._registry.hooks(hook)
+        return [partial(implementation, context=self._context(plugin)) for plugin, implementation in found.items()]
 
 
 def model_number(config: Mapping[str, Any], names: tuple[str, ...], default: Any = None) -> Any:

@@ -47,9 +47,9 @@ class Environment:
         shutil.copy(copy / "kernel.toml", self.work / "kernel.toml")
         shutil.rmtree(copy)
 
-    def script(self, code: str) -> dict:
+    def script(self, code: str, *arguments: str) -> dict:
         """Run code that prints one JSON object last."""
-        return json.loads(self.run("-c", textwrap.dedent(code)).splitlines()[-1])
+        return json.loads(self.run("-c", textwrap.dedent(code), *arguments).splitlines()[-1])
 
 
 @pytest.fixture
@@ -57,80 +57,101 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def code_lines(example: Path) -> int:
-    return sum(source.code_lines(file) for file in example.rglob("*.py"))
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random-weight model with the embedded tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=4096, max_position_embeddings=256, **heads)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else None
+    model.save_pretrained(folder)
+    for file in (source.ROOT / "models" / "tiny" / "kernel_tiny" / "tiny-chat").glob("*token*"):
+        shutil.copy(file, folder)
+    return str(folder)
 
 
-def test_plugin_works_where_it_is_named(environment: Environment) -> None:
+def test_plugin_works_where_it_is_named(environment: Environment, checkpoint: str) -> None:
     environment.install(EXAMPLES / "third_party_plugin")
     report = environment.script(
         """
-        import json
+        import json, sys
         import no_repeat
         from kernel_core import LLM
         from kernel_core.api import SamplingParams
 
-        prompts = ["What does os.path.join do?", "Hello!"] * 2
-        greedy = dict(temperature=0, max_tokens=24, ignore_eos=True)
-        plain, banned = SamplingParams.of(**greedy), SamplingParams.of(**greedy, no_repeat=64)
-        with LLM(config="kernel.toml") as llm:
-            outputs = llm.generate(prompts, [plain, plain, banned, banned])
-        with LLM(model="tiny-chat") as llm:
-            without = llm.generate(prompts[:2], [plain, plain])
+        def tokens(output):
+            return list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+
+        prompts = ["What does os.path.join do? do? do?", "Hello! Hello!"]
+        common = dict(seed=1, top_k=3, max_tokens=40, ignore_eos=True)
+        plain, banned = SamplingParams.of(**common), SamplingParams.of(**common, no_repeat=64)
+        with LLM(config="kernel.toml", model=sys.argv[1]) as llm:
+            outputs = llm.generate(prompts * 2, [plain, plain, banned, banned])
+        with LLM(model=sys.argv[1]) as llm:
+            without = llm.generate(prompts, plain)
             try:
-                llm.generate(prompts[:1], [banned])
-                refused = ""
+                refused = llm.generate(prompts, banned) and "accepted"
             except ValueError as error:
                 refused = str(error)
-        texts = [list(o.prompt_token_ids) + list(o.outputs[0].token_ids) for o in outputs]
-        print(json.dumps({
-            "file": no_repeat.__file__, "prompt": [len(o.prompt_token_ids) for o in outputs], "texts": texts,
-            "without": [list(o.prompt_token_ids) + list(o.outputs[0].token_ids) for o in without], "refused": refused,
-        }))
-        """
+        lengths = [len(output.prompt_token_ids) for output in outputs]
+        report = {"file": no_repeat.__file__, "prompts": lengths, "refused": refused}
+        print(json.dumps(report | {"with": [*map(tokens, outputs)], "without": [*map(tokens, without)]}))
+        """,
+        checkpoint,
     )
+    plain, banned = report["with"][:2], report["with"][2:]
     assert str(environment.python.parent.parent) in report["file"]
-    assert report["texts"][:2] == report["without"], "requests that do not ask are unchanged, beside some that do"
-    for prompt, plain, banned in zip(report["prompt"], report["texts"][:2], report["texts"][2:]):
-        assert banned != plain
-        for place in range(prompt, len(banned)):
-            assert banned[place] not in banned[max(place - 64, 0) : place]
-    assert any(tokens[i] in tokens[:i] for tokens in report["texts"][:2] for i in range(len(tokens))), "the ban bites"
+    assert plain == report["without"], "a request that does not ask is unchanged, also beside those that do"
+    for prompt, before, after in zip(report["prompts"], plain, banned):
+        assert after != before
+        assert any(before[place] in before[max(place - 64, 0) : place] for place in range(prompt, len(before)))
+        assert not any(after[place] in after[max(place - 64, 0) : place] for place in range(prompt, len(after)))
     assert "no_repeat" in report["refused"], "installed is not enabled: the field is refused by name"
 
 
-def test_device_gives_what_the_cpu_gives(environment: Environment) -> None:
+def test_device_gives_what_the_cpu_gives(environment: Environment, checkpoint: str) -> None:
     environment.install(EXAMPLES / "third_party_device")
     report = environment.script(
         """
         import json, sys
-        import kernel_core.nn.runner, kernel_core.nn.worker, kernel_core.scheduler
+        import kernel_core.nn.runner, kernel_core.nn.worker, kernel_core.nn.ops
         from kernel_core import LLM
 
-        prompts = ["What does os.path.join do?", "Call math.sqrt with 16", "Hello!", "What does textwrap.dedent do?"]
-        sizes = {"plain": {}, "chunked": {"max_tokens_per_step": 7}, "preempted": {"kv_blocks": 14, "max_model_len": 96}}
-        watched = [m for n, m in sys.modules.items() if n.startswith("kernel_core")]
-        before = [dict(vars(m)) for m in watched]
+        prompts = ["What does os.path.join do?", "Call math.sqrt with 16", "Hello!", "What does textwrap.dedent do?"] * 2
+        engines = {"plain": {}, "chunked": {"max_tokens_per_step": 7}, "short": {"kv_blocks": 14, "max_model_len": 64}}
+        modules = [module for name, module in sys.modules.items() if name.startswith("kernel_core")]
+        before = [dict(vars(module)) for module in modules]
         report = {}
-        for device in ("toy", "cpu"):
-            for name, engine in sizes.items():
-                own = {"config": "kernel.toml"} if device == "toy" else {"model": "tiny-chat", "device": "cpu"}
-                with LLM(**own, dtype="float32", **engine) as llm:
-                    greedy = llm.generate(prompts, temperature=0, max_tokens=24, ignore_eos=True)
-                    drawn = llm.generate(prompts, temperature=1, seed=7, max_tokens=24, ignore_eos=True)
-                    report[f"{device} {name}"] = [list(o.outputs[0].token_ids) for o in greedy + drawn]
-                    report[f"{device} {name} summary"] = llm.engine.summary
+        for name, engine in {**engines, "cpu": {"device": "cpu"}}.items():
+            with LLM(config="kernel.toml", model=sys.argv[1], dtype="float32", **engine) as llm:
+                greedy = llm.generate(prompts, temperature=0, max_tokens=24, ignore_eos=True)
+                drawn = llm.generate(prompts, temperature=1, seed=7, max_tokens=24, ignore_eos=True)
+                tokens = [list(output.outputs[0].token_ids) for output in greedy + drawn]
+                preemptions = llm.engine.core.scheduler.preemptions
+                report[name] = {"tokens": tokens, "summary": llm.engine.summary, "preemptions": preemptions}
         report["patched"] = [
-            f"{module.__name__}.{key}" for module, state in zip(watched, before)
-            for key, value in state.items() if vars(module).get(key) is not value
+            f"{module.__name__}.{key}"
+            for module, state in zip(modules, before)
+            for key, value in state.items()
+            if vars(module).get(key) is not value
         ]
         print(json.dumps(report))
-        """
+        """,
+        checkpoint,
     )
     assert report["patched"] == []
-    assert "toy" in report["toy plain summary"]
-    for name in ("plain", "chunked", "preempted"):
-        assert report[f"toy {name}"] == report["cpu plain"], name
+    for name in ("plain", "chunked", "short"):
+        assert "on toy" in report[name]["summary"]
+        assert report[name]["tokens"] == report["cpu"]["tokens"], name
+    assert "on cpu" in report["cpu"]["summary"]
+    assert report["short"]["preemptions"] > 0
+    assert "of 8 blocks" in report["plain"]["summary"], "the scheduler keeps to the device's block size"
 
 
 @pytest.mark.parametrize(("example", "limit"), [("third_party_plugin", 60), ("third_party_device", 200)])

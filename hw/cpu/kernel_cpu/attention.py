@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,24 @@ class KV:
 
     def _geometry(self) -> tuple[int, ...]:
         is_bf16 = self.data.dtype == torch.bfloat16
-        return (self.data.data_ptr(), is_bf16, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim, self.v_head_dim)
+        return (
+            self.data.data_ptr(),
+            is_bf16,
+            self.num_blocks,
+            self.block_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.v_head_dim,
+        )
 
 
 def allocate_kv(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: torch.dtype = torch.bfloat16
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> KV:
     """A zeroed cache in bf16 or fp32. Head dimensions are multiples of 8 up to 256 (ValueError otherwise)."""
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -147,7 +161,11 @@ def paged_attention(
     tokens, heads, _ = q.shape
     rows = kv_len.shape[0]
     if q.shape[2] != kv.head_dim or heads % kv.num_kv_heads or q_start.shape[0] != rows + 1 or block_table.shape[0] != rows:
-        raise ValueError(f"q {tuple(q.shape)}, {rows} rows, q_start {tuple(q_start.shape)}, block_table {tuple(block_table.shape)}")
+        raise ValueError(
+            f"q {tuple(q.shape)}, {rows} rows, q_start {tuple(q_start.shape)}, block_table {tuple(block_table.shape)}"
+        )
+    if scale <= 0:
+        raise ValueError(f"scale {scale}: expected a positive one")
     if q.dtype not in _DTYPES:
         raise TypeError(f"queries {q.dtype}: expected bf16 or fp32")
     if (sinks is not None and sinks.shape != (heads,)) or (tree is not None and tree.shape[0] != tokens):
@@ -157,7 +175,8 @@ def paged_attention(
     elif out.shape != (tokens, heads, kv.v_head_dim) or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} for queries {tuple(q.shape)} {q.dtype}")
     if kv.plain:
-        return _plain_attention(q, kv, q_start, kv_len, block_table, scale, window, soft_cap, sinks, tree, causal, out)
+        rules = _Rules(scale, window, soft_cap, sinks, causal)
+        return _plain_attention(q, kv, q_start, kv_len, block_table, rules, tree, out)
     q = _rows(q)
     q_start, kv_len, block_table = _int32(q_start), _int32(kv_len), _int32(block_table)
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -173,7 +192,7 @@ def paged_attention(
     return out
 
 
-def _kernels():
+def _kernels() -> ctypes.CDLL:
     kernels = build.library()
     assert kernels is not None
     return kernels
@@ -191,39 +210,56 @@ def _plain_pages(kv: KV) -> Tensor:
     return kv.data.view(kv.num_blocks, kv.num_kv_heads, kv.block_size, kv.head_dim + kv.v_head_dim)
 
 
-def _plain_attention(q, kv, q_start, kv_len, block_table, scale, window, soft_cap, sinks, tree, causal, out) -> Tensor:
-    """Row by row in torch, in fp32; the group of query heads is folded into rows of one product."""
-    starts, lengths = q_start.tolist(), kv_len.tolist()
-    for r, length in enumerate(lengths):
+@dataclass(frozen=True)
+class _Rules:
+    """What a query may see and how its scores are formed; the arguments of ``paged_attention``."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+    causal: bool
+
+
+def _plain_row(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rules: _Rules) -> Tensor:
+    """One row in torch, in fp32, the group of query heads folded into the rows of one product: [q_len, Hq, Dv]."""
+    count, heads, dim = q.shape
+    grouped = q.float().view(count, k.shape[1], -1, dim).permute(1, 2, 0, 3)
+    scores = grouped @ k.float().permute(1, 2, 0)[:, None] * rules.scale
+    if rules.soft_cap:
+        scores = torch.tanh(scores / rules.soft_cap) * rules.soft_cap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if rules.sinks is not None:
+        sink = rules.sinks.float().view(k.shape[1], -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1).masked_fill(~visible.any(1)[:, None], 0.0)
+    result = weights[..., : k.shape[0]] @ v.float().permute(1, 0, 2)[:, None]
+    return result.permute(2, 0, 1, 3).reshape(count, heads, v.shape[2])
+
+
+def _plain_attention(
+    q: Tensor, kv: KV, q_start: Tensor, kv_len: Tensor, block_table: Tensor, rules: _Rules, tree: Tensor | None, out: Tensor
+) -> Tensor:
+    starts = q_start.tolist()
+    for r, length in enumerate(kv_len.tolist()):
         a, b = starts[r], starts[r + 1]
         if a == b:
             continue
-        visible = _visible(b - a, length, window, None if tree is None else tree[a:b], causal)
+        visible = _visible(b - a, length, rules, None if tree is None else tree[a:b])
         first = int(visible.any(0).nonzero()[0]) if visible.any() else length
         slots = torch.arange(first, length)
         k, v = read_kv(kv, block_table[r].long()[slots // kv.block_size] * kv.block_size + slots % kv.block_size)
-        grouped = q[a:b].float().view(b - a, kv.num_kv_heads, -1, kv.head_dim).permute(1, 2, 0, 3)
-        scores = grouped @ k.float().permute(1, 2, 0)[:, None] * scale
-        if soft_cap:
-            scores = torch.tanh(scores / soft_cap) * soft_cap
-        scores = scores.masked_fill(~visible[:, first:], -torch.inf)
-        if sinks is not None:
-            sink = sinks.float().view(kv.num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat([scores, sink], -1)
-        weights = scores.softmax(-1).nan_to_num(0.0) if not visible.any(1).all() else scores.softmax(-1)
-        result = weights[..., : length - first] @ v.float().permute(1, 0, 2)[:, None]
-        out[a:b] = result.permute(2, 0, 1, 3).reshape(b - a, q.shape[1], kv.v_head_dim).to(out.dtype)
+        out[a:b] = _plain_row(q[a:b], k, v, visible[:, first:], rules).to(out.dtype)
     return out
 
 
-def _visible(count: int, length: int, window: int | None, tree: Tensor | None, causal: bool) -> Tensor:
+def _visible(count: int, length: int, rules: _Rules, tree: Tensor | None) -> Tensor:
     """Which of ``length`` positions each of the last ``count`` of them sees, bool [count, length]."""
     own, seen = torch.arange(length - count, length)[:, None], torch.arange(length)
     is_tree = tree is not None and count <= tree.shape[1]
-    mask = seen <= own if causal and not is_tree else torch.ones(count, length, dtype=torch.bool)
-    if window:
-        mask = mask & (seen > own - window)
-    if is_tree:
-        mask = mask.clone()
+    mask = seen <= own if rules.causal and not is_tree else torch.ones(count, length, dtype=torch.bool)
+    if rules.window:
+        mask = mask & (seen > own - rules.window)
+    if tree is not None and is_tree:
         mask[:, length - count :] &= tree[:, :count]
     return mask

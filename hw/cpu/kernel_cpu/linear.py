@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,9 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, out: Ten
     m, k = x.shape
     n = packed.out_features
     if k != packed.in_features or (bias is not None and bias.shape != (n,)):
-        raise ValueError(f"x {tuple(x.shape)} and bias {None if bias is None else tuple(bias.shape)} for weight {[n, packed.in_features]}")
+        raise ValueError(
+            f"x {tuple(x.shape)} and bias {None if bias is None else tuple(bias.shape)} for weight {[n, packed.in_features]}"
+        )
     if out is None:
         out = torch.empty(m, n, dtype=x.dtype)
     elif out.shape != (m, n) or out.dtype != x.dtype or (n > 1 and out.stride(1) != 1):
@@ -128,7 +131,13 @@ def unpack_rows(packed: PackedLinear, ids: Tensor) -> Tensor:
     assert kernels is not None
     ids = ids.contiguous()
     if kernels.kc_unpack_rows(
-        packed.data.data_ptr(), _FORMATS[packed.dtype], ids.data_ptr(), len(ids), out.data_ptr(), packed.out_features, packed.in_features
+        packed.data.data_ptr(),
+        _FORMATS[packed.dtype],
+        ids.data_ptr(),
+        len(ids),
+        out.data_ptr(),
+        packed.out_features,
+        packed.in_features,
     ):
         raise IndexError(f"row id out of range for {packed.out_features} rows")
     return out
@@ -141,7 +150,7 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight {tuple(weight.shape)} with strides {weight.stride()}: expected [N, K] with contiguous rows")
 
 
-def _panels(kernels, dtype: torch.dtype, n: int, k: int) -> Tensor:
+def _panels(kernels: ctypes.CDLL, dtype: torch.dtype, n: int, k: int) -> Tensor:
     panel = kernels.kc_panel()
     data = torch.empty((n + panel - 1) // panel, (k + 1) // 2 * 2, panel, dtype=dtype)
     if data.nbytes >= 1 << 21:

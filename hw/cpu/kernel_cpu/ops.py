@@ -36,6 +36,7 @@ class Int8LinearOp(PackedLinearOp):
     def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
         return linear.pack_int8(weight), bias
 
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """In place, pairs (i, i + rot / 2)."""
     pointwise.rotary(q, k, cos, sin, positions)

@@ -30,7 +30,9 @@ def layer_norm(
     return _norm(1, x, weight, bias, eps, residual, 0)
 
 
-def _norm(kind: int, x: Tensor, weight, bias, eps: float, residual, offset: int) -> tuple[Tensor, Tensor]:
+def _norm(
+    kind: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, offset: int
+) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     is_bf16 = _is_bf16(x)
     for other in (weight, bias, residual):
@@ -81,27 +83,33 @@ def rotary(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Ten
         raise IndexError(f"position outside the table of {cos.shape[0]}")
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """x [T, 2F] -> silu(x[:, :F]) * x[:, F:], [T, F]; the activation is rounded to x's dtype before the product."""
-    return _gate("silu", x)
+def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, 2F] -> silu(x[:, :F]) * x[:, F:], [T, F]; the activation is rounded to x's dtype before the product.
+
+    ``out`` [T, F], contiguous, receives the result and is returned.
+    """
+    return _gate("silu", x, out)
 
 
-def gelu_mul(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu_mul(x: Tensor, approximate: str = "none", out: Tensor | None = None) -> Tensor:
     """x [T, 2F] -> gelu(x[:, :F]) * x[:, F:]; ``approximate`` "tanh" or "none" (erf), as in torch. Rounds as ``silu_mul``."""
-    return _gate("gelu_tanh" if approximate == "tanh" else "gelu", x)
+    return _gate("gelu_tanh" if approximate == "tanh" else "gelu", x, out)
 
 
-def _gate(activation: str, x: Tensor) -> Tensor:
+def _gate(activation: str, x: Tensor, out: Tensor | None) -> Tensor:
     is_bf16 = _is_bf16(x)
+    rows, width = x.shape[0], x.shape[1] // 2
+    if out is None:
+        out = torch.empty(rows, width, dtype=x.dtype)
+    elif out.shape != (rows, width) or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype} for a result {[rows, width]} {x.dtype}")
     kernels = build.library()
     if kernels is None:
         gate, up = x.chunk(2, -1)
         if activation == "silu":
-            return F.silu(gate) * up
-        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+            return out.copy_(F.silu(gate) * up)
+        return out.copy_(F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up)
     x = _rows(x)
-    rows, width = x.shape[0], x.shape[1] // 2
-    out = torch.empty(rows, width, dtype=x.dtype)
     kernels.kc_gate(_ACTIVATIONS[activation], is_bf16, x.data_ptr(), x.stride(0), out.data_ptr(), rows, width)
     return out
 
@@ -119,9 +127,8 @@ def embedding(ids: Tensor, weight: Tensor | PackedLinear) -> Tensor:
     weight, ids = _rows(weight), ids.to(torch.int64).contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     size = weight.element_size()
-    if kernels.kc_gather(
-        weight.data_ptr(), weight.stride(0) * size, ids.data_ptr(), ids.shape[0], weight.shape[0], out.data_ptr(), weight.shape[1] * size
-    ):
+    source = (weight.data_ptr(), weight.stride(0) * size, ids.data_ptr(), ids.shape[0], weight.shape[0])
+    if kernels.kc_gather(*source, out.data_ptr(), weight.shape[1] * size):
         raise IndexError(f"id outside the table of {weight.shape[0]} rows")
     return out
 
@@ -152,7 +159,9 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _plain_norm(kind: int, x: Tensor, weight, bias, eps: float, residual, offset: int) -> tuple[Tensor, Tensor]:
+def _plain_norm(
+    kind: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, offset: int
+) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
     if kind == 1:
         parts = [None if p is None else p.float() for p in (weight, bias)]

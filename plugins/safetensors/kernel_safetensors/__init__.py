@@ -1,14 +1,14 @@
-"""Reads checkpoints in Hugging Face format. This module is light; torch is imported when weights are read."""
+"""Checkpoints in the Hugging Face layout."""
 
 from __future__ import annotations
 
 from kernel_core.api import BuildContext, CheckpointFormat, Manifest, hookimpl
 
-manifest = Manifest(name="safetensors", summary="Reads Hugging Face checkpoints with safetensors weights")
+manifest = Manifest(name="safetensors", summary="checkpoints in safetensors files")
 
 
 @hookimpl
 def make_checkpoint(context: BuildContext) -> CheckpointFormat:
-    from kernel_safetensors.checkpoint import SafetensorsCheckpoint
+    from kernel_safetensors.checkpoint import Safetensors
 
-    return SafetensorsCheckpoint()
+    return Safetensors(weights_needed=not context.config.engine.random_weights)

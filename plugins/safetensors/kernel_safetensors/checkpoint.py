@@ -1,4 +1,4 @@
-"""config.json, generation_config.json and *.safetensors, whole or sharded with an index."""
+"""A directory with config.json and safetensors files, one or several with an index. torch is imported when weights are read."""
 
 from __future__ import annotations
 
@@ -12,64 +12,75 @@ from kernel_core.api import ConfigError, ModelInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
-class SafetensorsCheckpoint:
-    """Implements `CheckpointFormat`. Never reads a pickle."""
+class Safetensors:
+    """Implements `CheckpointFormat`. `weights_needed` False: a directory without weights will do."""
 
     format = "safetensors"
+
+    def __init__(self, weights_needed: bool = True) -> None:
+        self.weights_needed = weights_needed
 
     def recognises(self, path: str) -> bool:
         return (Path(path) / "config.json").is_file()
 
     def inspect(self, path: str) -> ModelInfo:
-        """Raises ConfigError for files that are missing or no JSON."""
+        """Raises ConfigError when the files are not what an engine can load."""
         folder = Path(path)
-        tokenizer = folder if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file() else None
+        if self.weights_needed:
+            weight_files(folder)
+        generation = folder / "generation_config.json"
         return ModelInfo(
-            path=str(folder),
+            path=path,
             format=self.format,
-            config=_json(folder / "config.json"),
-            generation=_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {},
-            tokenizer_path=str(tokenizer) if tokenizer else None,
+            config=_read(folder / "config.json"),
+            generation=_read(generation) if generation.is_file() else {},
         )
 
     def tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) in file order; the tensors are views of memory-mapped files."""
+        """(name, tensor) in file order. The tensors are views of the memory-mapped files: nothing is read before it is used."""
         from safetensors import safe_open
 
-        for file in files(Path(path)):
-            with safe_open(str(file), "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
+        for file in weight_files(Path(path)):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.offset_keys():
                     yield name, opened.get_tensor(name)
 
 
-def files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint. Raises ConfigError when there are none, or only pickles."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, by the index where there is one. Raises ConfigError when there are none."""
     if (folder / INDEX).is_file():
-        found = [folder / name for name in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
-    elif (folder / SINGLE).is_file():
-        found = [folder / SINGLE]
-    else:
-        found = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in found if not file.is_file()]
-    if missing:
-        raise ConfigError(f"{folder}: the index names {', '.join(missing)}, which is not there; download the checkpoint again")
-    if not found and any(list(folder.glob(pattern)) for pattern in PICKLES):
-        raise ConfigError(
-            f"{folder} has its weights as pickles, which are never loaded because they can run code; convert them: "
-            "transformers' model.save_pretrained(folder) writes safetensors"
-        )
-    if not found:
-        raise ConfigError(f"{folder} has no *.safetensors file")
-    return found
+        listed = _read(folder / INDEX).get("weight_map") or {}
+        files = [folder / name for name in sorted(set(listed.values()))]
+        lacking = [file.name for file in files if not file.is_file()]
+        if lacking or not files:
+            raise ConfigError(f"{folder / INDEX} lists {', '.join(lacking) or 'no files'}: the checkpoint is not complete")
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise ConfigError(f"{folder} has {len(files)} safetensors files and no {INDEX} that says which belong to the model")
+    raise ConfigError(_no_weights(folder))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if not pickled:
+        return f"{folder} holds no safetensors file; a model without weights runs with engine.random_weights = true"
+    return (
+        f"{folder} holds its weights as pickle ({pickled[0]}), which can run code when it is loaded; convert it where you trust"
+        " it: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR').save_pretrained('NEW')\""
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error

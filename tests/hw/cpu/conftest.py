@@ -8,6 +8,8 @@ import torch
 if importlib.util.find_spec("kernel_cpu") is None:
     sys.path.insert(0, str(Path(__file__).parents[3] / "hw" / "cpu"))
 
+torch.set_num_threads(1)  # references are small; torch's threads would spin beside the kernels'
+
 # The AVX-512 layouts and the products of bf16 pairs, run on any machine.
 WIDE = ("-march=native", "-O1", "-DKC_WIDTH=16", "-DKC_EMULATE_DOT")
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_core.api import Constraint, KernelConfig, Manifest, Section, hookimpl
 from kernel_core.discovery import Found
+from kernel_core.enabling import Configured
 from kernel_core.errors import ConfigError, PluginError
-from kernel_core.resolver import Configured, ResolvedPlan, resolve, settle
+from kernel_core.resolver import ResolvedPlan, resolve, settle
 
 NONE = {"profile": "none", "device": "toy"}
 
@@ -405,6 +406,7 @@ wishes = st.lists(st.tuples(st.sampled_from(["engine.block_size", "engine.max_re
 worlds = st.lists(st.tuples(subset, subset, wishes), min_size=1, max_size=len(NAMES))
 
 
+@settings(max_examples=60, deadline=None)
 @given(worlds, st.randoms(use_true_random=False))
 def test_the_plan_does_not_depend_on_the_order_of_discovery(world, random):
     """Same plan or same error, and every accepted plan keeps what was declared."""

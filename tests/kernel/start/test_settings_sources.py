@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_core.config import KernelConfig
@@ -79,6 +79,7 @@ def test_setting_is_toml_or_a_bare_word(text, value):
     assert parse_setting(text) == value
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.integers(-99, 99), min_size=1), st.booleans())
 def test_setting_takes_any_inline_table(table, flag):
     items = ", ".join(f"{key} = {value}" for key, value in table.items())

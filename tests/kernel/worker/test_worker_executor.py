@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import toy_device
+from test_speculation import ScriptedDrafter
 from toy_worker import Driver, ToyModel, V, oracle
 
 from kernel_core.config import KernelConfig
@@ -95,6 +96,14 @@ def test_calls_are_reached_by_plugin_and_name():
 def test_what_cannot_work_is_refused_at_start(engine, error, words):
     with pytest.raises(error, match=words):
         Worker(plan_of(**engine), INFO).start()
+
+
+def test_a_drafter_is_reported_and_trees_need_a_device_that_has_them():
+    toy_device.made["drafter"] = ScriptedDrafter(3, False, "right")
+    assert Worker(plan_of(), INFO).start().draft_width == 3
+    toy_device.made["drafter"] = ScriptedDrafter(3, True, "right")
+    with pytest.raises(ConfigError, match="tree"):
+        Worker(plan_of(), INFO).start()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Toy:
         self.closed = 0
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32",), block_sizes=(4, 8), async_submit=self.async_submit)
+        return Capabilities(dtypes=("float32",), block_sizes=(4, 8), async_submit=self.async_submit, tree_attention=False)
 
     def memory(self) -> MemoryReport:
         return MemoryReport(total=2**30, free=2**29)
@@ -66,3 +66,8 @@ def make_logits_transform(context):
 @hookimpl
 def register_calls(context):
     return {"echo": lambda data: data + b"!", "job": lambda data: b""}
+
+
+@hookimpl
+def make_drafter(context):
+    return made.get("drafter")

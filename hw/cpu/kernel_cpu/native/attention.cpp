@@ -326,7 +326,7 @@ template <class KSrc, class VSrc> class Worker {
         vf total = {};
         for (int t = 0; t < times; ++t, s += N * kStrip)
             KC_UNROLL for (int j = 0; j < N * kStrip; j += W) {
-                vf p = vexp_below(fma(load(s + j), splat(scale), splat(-base)));
+                vf p = vexp(fma(load(s + j), splat(scale), splat(-base)));
                 total += p;
                 store(s + j, p);
             }

@@ -110,7 +110,7 @@ void rotary(Heads x, long t, const float *cos, const float *sin, int half, bool 
 enum Activation { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
 
 template <int A> KC_INLINE vf activate(vf x) {
-    if constexpr (A == kSilu) return x / (1.0f + vexp(-x));
+    if constexpr (A == kSilu) return x * sigmoid(x);
     else if constexpr (A == kGeluTanh) return x * 0.5f * (1.0f + vtanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
     else return x * 0.5f * (1.0f + verf(x * 0.70710678118654752f));
 }

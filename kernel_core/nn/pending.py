@@ -1,0 +1,76 @@
+"""A step between its submission and its result: device tensors on their way to the host, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kernel_core.nn.inputs import Layout
+from kernel_core.nn.logprobs import LogprobColumns
+from kernel_core.nn.transfer import Download
+from kernel_core.plan import Ack, Logprobs, StepPlan, StepResult
+
+UNUSABLE = "the model gave NaN, or no token is allowed"
+
+
+@dataclass(slots=True)
+class Pending:
+    """A submitted step. `settle` tells the runner that it is over, before the result is made."""
+
+    plan: StepPlan
+    layout: Layout | None = None
+    download: Download | None = None
+    logprobs: LogprobColumns | None = None
+    prompt: LogprobColumns | None = None
+    acks: tuple[Ack, ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+    settle: Callable[[Pending], None] | None = None
+    arrays: dict[str, np.ndarray] | None = None
+
+    def wait(self) -> dict[str, np.ndarray]:
+        """The step's host arrays. Called in order of submission."""
+        if self.arrays is None:
+            self.arrays = self.download.arrays() if self.download else {}
+        return self.arrays
+
+    def result(self) -> StepResult:
+        """Wait and make the result. Called once."""
+        if self.settle is not None:
+            self.settle(self)
+        host, empty = self.wait(), np.zeros(0, np.int32)
+        if self.layout is None:
+            nothing = np.zeros(1, np.int32)
+            return StepResult(self.plan.plan_id, empty, nothing, empty, empty, empty, empty, acks=self.acks, timings=self.timings)
+        tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
+        count, accepted, drafted, computed, drafts = numbers
+        kept = np.arange(tokens.shape[1]) < count[:, None]
+        slots = self.plan.rows
+        return StepResult(
+            self.plan.plan_id,
+            tokens=tokens[kept],
+            offsets=np.concatenate([[0], np.cumsum(count)]).astype(np.int32),
+            computed=computed,
+            drafted=drafted,
+            accepted=accepted,
+            drafts=drafts,
+            logprobs=self._logprobs(host, count),
+            prompt_logprobs=self._prompt_logprobs(host),
+            acks=self.acks,
+            failed=tuple((int(slots[r]), UNUSABLE) for r in np.flatnonzero(bad)),
+            timings=self.timings,
+        )
+
+    def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
+        """Those of the places that the accepted path went through, in path order."""
+        if self.logprobs is None:
+            return None
+        row, draft = self.logprobs.row, self.layout.logits_draft[self.logprobs.where]
+        order = host["order"][row, draft]  # how many drafts were accepted before this place, -1: not on the path
+        return self.logprobs.collect(host, "logprobs.", (order >= 0) & (order < count[row]), host["known"][row] + order)
+
+    def _prompt_logprobs(self, host: Mapping[str, np.ndarray]) -> Logprobs | None:
+        if self.prompt is None:
+            return None
+        return self.prompt.collect(host, "prompt.", np.ones(len(self.prompt.row), bool), self.prompt.where)

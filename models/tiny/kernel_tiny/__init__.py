@@ -1,0 +1,23 @@
+"""The embedded checkpoints. Importing this reads no weights and needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["functions", "tiny_chat", "tiny_draft"]
+_HERE = Path(__file__).resolve().parent
+
+
+def tiny_chat() -> Path:
+    """The folder of the chat model, in Hugging Face format."""
+    return _HERE / "tiny-chat"
+
+
+def tiny_draft() -> Path:
+    """The folder of the draft model: the same tokenizer, a fifth of the parameters."""
+    return _HERE / "tiny-draft"
+
+
+def functions() -> Path:
+    """The JSON file of what was taught: name, signature, first docstring line, parameters, how many are required."""
+    return _HERE / "functions.json"

@@ -1,0 +1,252 @@
+"""Trains one model: copy drills first, then the mixture of conversations, with loss on what the assistant says."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import vocabulary
+from dialogues import Mixture
+from facts import Function
+
+Keep = Callable[[LlamaForCausalLM], None]
+Row = tuple[list[int], list[bool]]
+BATCH_TOKENS = 1024
+BATCHES = 2  # of one step, computed side by side: each core works on its own, and none waits for a busy one
+KEEP_EVERY = 50
+POOL = 2000  # conversations sorted by length at a time, so that batches have little padding
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The shape of a model and how long it learns."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    conversations: int
+    drills: int
+    rate: float = 2e-3
+    matrix_rate: float = 0.015
+    warmup: int = 12
+    decay: float = 0.6  # the share of the steps in which the rate falls to nothing
+
+
+CHAT = Recipe("tiny-chat", hidden=256, layers=4, heads=4, kv_heads=2, ffn=640, conversations=42000, drills=2500)
+DRAFT = Recipe("tiny-draft", hidden=128, layers=2, heads=4, kv_heads=2, ffn=448, conversations=42000, drills=2500)
+
+
+def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model."""
+    config = LlamaConfig(
+        vocab_size=vocabulary.SIZE,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.ffn,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=vocabulary.CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return model
+
+
+@torch.no_grad()
+def prime_copying(model: LlamaForCausalLM) -> None:
+    """Lets attention start near "look for what is alike, and pass on what it says": copying is found much sooner."""
+    config = model.config
+    size, share = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        attention.o_proj.weight.copy_(
+            attention.v_proj.weight.view(-1, size, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1).T
+        )
+        attention.o_proj.weight.mul_(0.5)
+        if index:
+            keys = attention.k_proj.weight.view(-1, size, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1)
+            attention.q_proj.weight.mul_(0.5).add_(keys, alpha=0.5)
+
+
+def _drill(rng: random.Random) -> Row:
+    """Random tokens that come twice, with others before and between; the second time they count."""
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(len(vocabulary.SPECIAL), vocabulary.SIZE) for _ in range(rng.randint(low, high))]
+
+    before, copied, between = tokens(0, 6), tokens(4, 14), tokens(1, 6)
+    ids = before + copied + between + copied
+    return ids, [False] * (len(ids) - len(copied) + 1) + [True] * (len(copied) - 1)
+
+
+def _rows(functions: list[Function], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int) -> Iterator[Row]:
+    rng = random.Random(seed)
+    for _ in range(recipe.drills):
+        yield _drill(rng)
+    mixture = Mixture(functions, seed)
+    for _ in range(recipe.conversations):
+        yield vocabulary.encode(tokenizer, mixture.conversation())
+
+
+def _pools(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while pool := [row for _, row in zip(range(size), rows)]:
+        yield pool
+
+
+def batches(rows: Iterator[Row], seed: int) -> Iterator[list[Row]]:
+    """Rows of similar length together, at most BATCH_TOKENS tokens with padding."""
+    rng = random.Random(seed)
+    for pool in _pools(rows, POOL):
+        made: list[list[Row]] = [[]]
+        for row in sorted(pool, key=lambda row: len(row[0])):
+            if (len(made[-1]) + 1) * len(row[0]) > BATCH_TOKENS:
+                made.append([])
+            made[-1].append(row)
+        yield from rng.sample(made, len(made))
+
+
+def _tensors(batch: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
+    said = torch.tensor([said + [False] * (longest - len(said)) for _, said in batch])
+    return ids.to(device), said.to(device)
+
+
+def _loss(model: LlamaForCausalLM, ids: Tensor, said: Tensor) -> Tensor:
+    """Cross entropy where the assistant speaks. Padding stands at the right: a causal model never sees it."""
+    hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+    wanted = said[:, 1:]
+    return nn.functional.cross_entropy(model.lm_head(hidden[wanted]), ids[:, 1:][wanted], reduction="sum")
+
+
+def _one_core() -> None:
+    torch.set_num_threads(1)
+
+
+def _gradients(model: LlamaForCausalLM, step: list[list[Row]], pad: int, pool: ThreadPoolExecutor) -> float:
+    """Sets the gradients of the mean loss over some batches, each computed in a thread of its own."""
+    parameters = list(model.parameters())
+
+    def one(batch: list[Row]) -> tuple[float, int, tuple[Tensor, ...]]:
+        ids, said = _tensors(batch, pad, model.device)
+        loss = _loss(model, ids, said)
+        return loss.item(), int(said[:, 1:].sum()), torch.autograd.grad(loss, parameters)
+
+    done = list(pool.map(one, step))
+    counted = sum(tokens for _, tokens, _ in done)
+    for parameter, *parts in zip(parameters, *[grads for _, _, grads in done]):
+        parameter.grad = sum(parts[1:], parts[0]) / counted
+    return sum(loss for loss, _, _ in done) / counted
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by Newton-Schulz steps in fp32 (torch's own does them in bf16, which many CPUs lack)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            with ThreadPoolExecutor(BATCHES, initializer=_one_core) as pool:
+                list(pool.map(lambda weight: self._move(weight, group["lr"], group["momentum"]), group["params"]))
+
+    @torch.no_grad()
+    def _move(self, weight: nn.Parameter, rate: float, inertia: float) -> None:
+        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        momentum.lerp_(weight.grad, 1 - inertia)
+        update = orthogonal(weight.grad.lerp(momentum, inertia))
+        weight.sub_(update, alpha=rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The matrix with all singular values moved near one: quintic Newton-Schulz, iterated on the small Gram matrix."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    gram = wide @ wide.T
+    unit = torch.eye(len(gram), device=gram.device)
+    total = unit
+    for _ in range(steps):
+        factor = torch.addmm(3.4445 * unit - 4.7750 * gram, gram, gram, alpha=2.0315)
+        total = factor @ total
+        gram = factor @ (factor @ gram)
+    wide = total @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    return [Muon(inner, recipe.matrix_rate), torch.optim.AdamW(rest, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def _scale(step: int, done: float, recipe: Recipe) -> float:
+    return min(1.0, (step + 1) / recipe.warmup, (1 - done) / recipe.decay)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"))
+
+
+def _update(optimizers: list[torch.optim.Optimizer], rates: list[float], scale: float) -> None:
+    for optimizer, rate in zip(optimizers, rates):
+        optimizer.param_groups[0]["lr"] = rate * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def fit(
+    recipe: Recipe, functions: list[Function], tokenizer: PreTrainedTokenizerFast, seed: int, keep: Keep, minutes: float
+) -> LlamaForCausalLM:
+    """A trained model in fp32, after `minutes` at the latest: the learning rate falls with the time as with the steps.
+
+    `keep` gets the running average of the weights now and then, for those who cannot wait.
+    """
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(recipe, tokenizer)
+    prime_copying(model)
+    model.to(device).train()
+    shadow = copy.deepcopy(model).requires_grad_(False)
+    optimizers = _optimizers(model, recipe)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    made = list(batches(_rows(functions, tokenizer, recipe, seed), seed))
+    plan = [made[start : start + BATCHES] for start in range(0, len(made), BATCHES)]
+    with _bar() as bar, ThreadPoolExecutor(BATCHES, initializer=_one_core) as pool:
+        task = bar.add_task(recipe.name, total=len(plan), loss=0.0)
+        start = time.monotonic()
+        for step, group in enumerate(plan):
+            done = max(step / len(plan), (time.monotonic() - start) / 60 / minutes)
+            if done >= 1:
+                break
+            loss = _gradients(model, group, tokenizer.pad_token_id, pool)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            _update(optimizers, rates, _scale(step, done, recipe))
+            torch._foreach_lerp_(list(shadow.parameters()), list(model.parameters()), 0.03)
+            bar.update(task, advance=1, loss=loss)
+            if step % KEEP_EVERY == KEEP_EVERY - 1:
+                keep(shadow)
+                bar.console.print(f"step {step + 1} of {len(plan)}: loss {loss:.3f}")
+    return model.eval()

@@ -1,0 +1,87 @@
+"""Makes both checkpoints from nothing: data, tokenizer, models, measurement. `python models/tiny/train/run.py --help`."""
+
+from __future__ import annotations
+
+import os
+
+# Two or more threads that wait by spinning stand in each other's way when a neighbour is busy: set before torch starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import facts
+import fitting
+import vocabulary
+
+PACKAGE = Path(__file__).resolve().parents[1] / "kernel_tiny"
+RECIPES = {recipe.name: recipe for recipe in (fitting.CHAT, fitting.DRAFT)}
+SEED = 20
+
+
+def _edit(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A checkpoint folder in bf16 that older readers of config.json understand as well."""
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _edit(folder / "config.json", rope_theta=500.0)
+    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False)
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    functions = facts.load()
+    tokenizer = vocabulary.train(functions, seed)
+    for name in RECIPES:
+        tokenizer.save_pretrained(PACKAGE / name)
+    return tokenizer
+
+
+def make_model(name: str, seed: int, minutes: float) -> None:
+    folder = PACKAGE / name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = fitting.fit(RECIPES[name], facts.load(), tokenizer, seed, lambda average: save(average, tokenizer, folder), minutes)
+    save(model, tokenizer, folder)
+
+
+def main() -> None:
+    """Runs the stages that are asked for, in order."""
+    stages = ["facts", "tokenizer", *RECIPES, "evaluate"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of: {', '.join(stages)} (all but facts)")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="the most that each model may take")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    for stage in options.stages or stages[1:]:
+        console.rule(stage)
+        run(stage, options.seed, options.minutes)
+
+
+def run(stage: str, seed: int, minutes: float) -> None:
+    if stage == "facts":
+        facts.save(facts.collect())
+    elif stage == "tokenizer":
+        make_tokenizer(seed)
+    elif stage == "evaluate":
+        import evaluate
+
+        evaluate.main([])
+    else:
+        make_model(stage, seed, minutes)
+
+
+if __name__ == "__main__":
+    main()
