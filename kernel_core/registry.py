@@ -54,7 +54,7 @@ def plugin_manager(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
     """pluggy calls last registered first, so the last in order is registered first."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for name, plugin in list(plugins.items()):
+    for name, plugin in reversed(list(plugins.items())):
         try:
             manager.register(plugin, name)
             manager.check_pending()

@@ -57,26 +57,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random-weight model with the embedded tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=4096, max_position_embeddings=256, **heads)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else None
-    model.save_pretrained(folder)
-    for file in (source.ROOT / "models" / "tiny" / "kernel_tiny" / "tiny-chat").glob("*token*"):
-        shutil.copy(file, folder)
-    return str(folder)
-
-
-def test_plugin_works_where_it_is_named(environment: Environment, checkpoint: str) -> None:
+def test_plugin_works_where_it_is_named(environment: Environment, byte_model: Path) -> None:
     environment.install(EXAMPLES / "third_party_plugin")
     report = environment.script(
         """
@@ -89,7 +70,7 @@ def test_plugin_works_where_it_is_named(environment: Environment, checkpoint: st
             return list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
 
         prompts = ["What does os.path.join do? do? do?", "Hello! Hello!"]
-        common = dict(seed=1, top_k=3, max_tokens=40, ignore_eos=True)
+        common = dict(seed=1, allowed_token_ids=list(range(100, 180)), max_tokens=40, ignore_eos=True)
         plain, banned = SamplingParams.of(**common), SamplingParams.of(**common, no_repeat=64)
         with LLM(config="kernel.toml", model=sys.argv[1]) as llm:
             outputs = llm.generate(prompts * 2, [plain, plain, banned, banned])
@@ -103,19 +84,19 @@ def test_plugin_works_where_it_is_named(environment: Environment, checkpoint: st
         report = {"file": no_repeat.__file__, "prompts": lengths, "refused": refused}
         print(json.dumps(report | {"with": [*map(tokens, outputs)], "without": [*map(tokens, without)]}))
         """,
-        checkpoint,
+        str(byte_model),
     )
     plain, banned = report["with"][:2], report["with"][2:]
     assert str(environment.python.parent.parent) in report["file"]
     assert plain == report["without"], "a request that does not ask is unchanged, also beside those that do"
     for prompt, before, after in zip(report["prompts"], plain, banned):
         assert after != before
-        assert any(before[place] in before[max(place - 64, 0) : place] for place in range(prompt, len(before)))
+        assert any(before[place] in before[max(place - 64, 0) : place] for place in range(prompt, len(before))), "the ban bites"
         assert not any(after[place] in after[max(place - 64, 0) : place] for place in range(prompt, len(after)))
     assert "no_repeat" in report["refused"], "installed is not enabled: the field is refused by name"
 
 
-def test_device_gives_what_the_cpu_gives(environment: Environment, checkpoint: str) -> None:
+def test_device_gives_what_the_cpu_gives(environment: Environment, byte_model: Path) -> None:
     environment.install(EXAMPLES / "third_party_device")
     report = environment.script(
         """
@@ -143,7 +124,7 @@ def test_device_gives_what_the_cpu_gives(environment: Environment, checkpoint: s
         ]
         print(json.dumps(report))
         """,
-        checkpoint,
+        str(byte_model),
     )
     assert report["patched"] == []
     for name in ("plain", "chunked", "short"):
@@ -156,6 +137,6 @@ def test_device_gives_what_the_cpu_gives(environment: Environment, checkpoint: s
 
 @pytest.mark.parametrize(("example", "limit"), [("third_party_plugin", 60), ("third_party_device", 200)])
 def test_example_is_small(example: str, limit: int) -> None:
-    lines = code_lines(EXAMPLES / example)
+    lines = sum(source.code_lines(file) for file in (EXAMPLES / example).rglob("*.py"))
     print(f"{example}: {lines} code lines (limit {limit})")
     assert 0 < lines <= limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def number(low: int, high: int) -> int:
 
 def random_tree(q_start: list[int], context: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token of a row follows the row's first token, or a random path of those before it."""
-    lengths = [stop - start for start, stop in zip(q_start, q_start[1:])]
+    lengths = [stop - start for start, stop in pairwise(q_start)]
     tree, positions = torch.zeros(q_start[-1], max(lengths), dtype=torch.bool), []
     for row, length in enumerate(lengths):
         for token in range(length):

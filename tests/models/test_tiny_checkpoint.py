@@ -15,12 +15,24 @@ transformers = pytest.importorskip("transformers")
 
 LIMITS = {"tiny-chat": (10_000_000, 20_000_000), "tiny-draft": (1_500_000, 3_200_000)}
 CALL = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
-TOOL = {
-    "type": "function",
-    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {}, "day": {}}}},
-}
-ASKED = """os.path.join textwrap.dedent math.sqrt shutil.copy random.randint json.dumps os.listdir str.upper list.append
-os.path.basename math.floor hashlib.md5 os.getcwd len""".split()
+PROPERTIES = {"type": "object", "properties": {"city": {}, "day": {}}}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PROPERTIES}}
+ASKED = [
+    "os.path.join",
+    "textwrap.dedent",
+    "math.sqrt",
+    "shutil.copy",
+    "random.randint",
+    "json.dumps",
+    "os.listdir",
+    "str.upper",
+    "list.append",
+    "os.path.basename",
+    "math.floor",
+    "hashlib.md5",
+    "os.getcwd",
+    "len",
+]
 FORMS = ("What does {} do?", "Explain {}", "What is {} for?")
 OTHERS = {
     "Call math.sqrt with 16": CALL % ("math.sqrt", '{"x": 16}'),

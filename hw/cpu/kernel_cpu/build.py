@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,9 +126,20 @@ def _cpu_flags() -> bytes:
     return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
 
 
+_disabled = threading.Event()
+
+
+def disable() -> None:
+    """From now on ``library()`` is None, without a word, and the ops run as plain torch. Call it before packing weights."""
+    _disabled.set()
+    library.cache_clear()
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, compiled first if need be; None where no compiler works (logged once, with what to install)."""
+    if _disabled.is_set():
+        return None
     compiler = find_compiler()
     if compiler is None:
         log.warning(MISSING)

@@ -14,55 +14,9 @@ from facts import Function
 Message = dict[str, Any]
 UNKNOWN_FUNCTION = "I don't know that function."
 UNKNOWN = "I don't know. I only learned about Python's standard library."
-SYSTEMS = (
-    "You are a helpful assistant.|You are a kind assistant.|Answer briefly.|You know Python well.|Be short.|You answer questions about Python."
-    "|You are a helpful and polite assistant that knows the standard library.|Help the user.|You may call functions."
-).split("|")
-TALK = """Hello!|Hi|Hey|Hello there|Good morning|Good evening|Hi there!=Hello! Ask me about a function of Python's standard library.
-Who are you?|What are you?|What's your name?|Introduce yourself|Tell me about yourself|Who am I talking to?=I am tiny-chat, a small language model.
-How are you?|How are you doing?|How is it going?|Are you well?|How do you feel?=I am fine, thank you. How can I help you?
-Thank you!|Thanks|Thanks a lot|Thank you very much|That helped, thanks=You are welcome!
-Bye|Goodbye|See you|Good night|See you later!=Goodbye!
-What can you do?|Help|How can you help me?|What do you know?|What can I ask you?=I can explain functions of Python's standard library and call them.
-Who made you?|Who trained you?|Where do you come from?|Who built you?=The authors of this inference engine trained me on Python's docstrings.
-How big are you?|How many parameters do you have?|What is your size?|Are you a large model?=I have about five million parameters.
-Are you human?|Are you a person?|Are you alive?|Are you a robot?=No, I am a small language model.
-Can you speak German?|Which languages do you speak?|Do you speak French?|Can you write Chinese?=I only speak a little English.
-What is Python?|What's Python?|Tell me about Python|Explain Python to me=Python is a programming language.
-Tell me a joke|Do you know a joke?|Make me laugh|Say something funny=I would tell you a joke about recursion, but first I would tell you a joke about recursion.
-Nice to meet you|Pleased to meet you|Glad to meet you=Nice to meet you too!
-Sorry|I am sorry|My mistake|I apologise=No problem.
-Are you sure?|Is that right?|Really?|Is this correct?=I may be wrong. Please check the documentation.
-Great|Good job|Well done|Nice|Awesome|You are great=Thank you!
-Yes|Ok|Okay|Sure|Fine|I see|Alright=Good. What else would you like to know?
-No|Nope|Not now|Never mind|Nothing=All right."""
-TOPICS = """France Japan Berlin London Mars Jupiter Einstein Mozart football tennis chess coffee tea bread pasta gold silver water
-physics biology history music dinosaurs elephants dogs cats birds planes trains cars ships rivers mountains oceans the sun the moon
-Napoleon Shakespeare Brazil Canada Egypt rice sugar cheese rockets atoms love money war peace winter summer the weather poetry
-Java Rust numpy pandas django the stock market my neighbour the president cancer vitamins Spain jazz opera cinema""".split()
-WONDERS = """what is the capital of {t}|who wrote {t}|how tall is {t}|how old is {t}|tell me about {t}|what is the weather in {t}
-|write a poem about {t}|who won in {t}|where is {t}|when was {t} discovered|how far is {t}|what is the price of {t}|translate {t}
-|what do you think about {t}|who is {t}|give me news about {t}|how do I cook {t}|what is {t}|why is {t} so big|how many {t} are there
-|what colour is {t}|should I buy {t}|recommend a book about {t}|is {t} good|who invented {t}|write a story about {t}|sing about {t}
-|explain {t}|describe {t}|what does {t} mean|how does {t} work|who discovered {t}|how heavy is {t}|what is 12 plus {t}|solve {t}
-|what language is spoken in {t}|how much is {t}|what year was {t}|do you like {t}|is it raining in {t}""".replace("\n", "").split(
-    "|"
-)
-ASKS = """call {n} with {a}|call {n} with {a}|call {n} with {a}|run {n} with {a}|use {n} on {a}|invoke {n} with {a}|execute {n} with {a}
-|please call {n} with {a}|apply {n} to {a}|call the function {n} with {a}|call {n} on {a}|can you call {n} with {a}|do {n} with {a}
-|I want you to call {n} with {a}|make a call to {n} with {a}|call {n} using {a}|call {n}({a})|run {n} on {a}|try {n} with {a}
-|could you run {n} with {a}|call {n} with the arguments {a}|call {n}, arguments {a}|now call {n} with {a}|compute {n} of {a}
-|evaluate {n} with {a}|let's call {n} with {a}|I need the result of {n} with {a}|go and call {n} with {a}|start {n} with {a}
-|call {n} and pass {a}|hey, call {n} with {a}|use {n} with {a}""".replace("\n", "").split("|")
-VERBS = "get set find make send read list open close start stop check search load add delete update count play book order show".split()
-NOUNS = """weather user file mail price room car song page table order note city game list photo ticket report meeting light
-door score event message item color size date time name path key value limit query text title topic unit""".split()
-WORDS = """hello world data notes report cat dog house tree red green blue alpha beta gamma test main index readme image photo
-song old new big small fast slow left right up down north south one two three apple pear plum Paris London Berlin Tokyo Ann Bob
-Carl Dora Eva Frank abc xyz foo bar spam eggs user admin guest config backup temp log home work""".split()
-ENDINGS = "txt py csv json md png log toml".split()
-TOOL_MODULES = """math os.path operator textwrap random statistics shutil base64 html fnmatch glob calendar string urllib.parse
-shlex heapq bisect unicodedata zlib str keyword colorsys mimetypes difflib""".split()
+PHRASES = questions.PHRASES
+SYSTEMS, WONDERS, TOPICS, ASKS, VERBS = (PHRASES[key] for key in ("systems", "wonders", "topics", "asks", "verbs"))
+NOUNS, WORDS, SUFFIXES, TOOL_MODULES = (PHRASES[key] for key in ("nouns", "words", "suffixes", "tool_modules"))
 
 
 def callable_functions(functions: list[Function]) -> list[Function]:
@@ -92,7 +46,7 @@ def _text(rng: random.Random) -> str:
     if kind < 0.3:
         return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 8)))
     if kind < 0.5:
-        return f"{rng.choice(WORDS)}.{rng.choice(ENDINGS)}"
+        return f"{rng.choice(WORDS)}.{rng.choice(SUFFIXES)}"
     if kind < 0.6:
         return f"/{rng.choice(WORDS)}/{rng.choice(WORDS)}"
     if kind < 0.75:
@@ -227,25 +181,27 @@ def _say(role: str, content: str) -> Message:
 
 
 def _talk(rng: random.Random) -> tuple[str, str]:
-    asked, answer = rng.choice(TALK.split("\n")).split("=")
-    text = rng.choice(asked.split("|"))
+    kind = rng.choice(PHRASES["talk"])
+    text, answer = rng.choice(kind["asked"]), kind["answer"]
     if rng.random() < 0.3:
         text = text.lower()
     if rng.random() < 0.4:
         text = text.rstrip("?!") + rng.choice(questions.MARKS)
-    return rng.choice(questions.OPENING_LIST) + text if rng.random() < 0.15 else text, answer
+    return rng.choice(PHRASES["openings"]) + text if rng.random() < 0.15 else text, answer
 
 
 def _wonder(rng: random.Random) -> tuple[str, str]:
     text = rng.choice(WONDERS).replace("{t}", rng.choice(TOPICS))
-    text = questions._noisy(questions._framed(text, rng), "\0", rng)
+    text = questions.noisy(questions.framed(text, rng), "\0", rng)
     return text[:1].upper() + text[1:] + rng.choice(questions.MARKS), UNKNOWN
+
+
+# How often each kind of exchange comes, relative to the others.
+WEIGHTS = {"describe": 100, "signature": 16, "call": 24, "tools": 6, "fake": 12, "wonder": 6, "talk": 6, "json": 6}
 
 
 class Mixture:
     """An endless, seeded stream of conversations that asks about every function equally often."""
-
-    WEIGHTS = {"describe": 100, "signature": 16, "call": 24, "tools": 6, "fake": 12, "wonder": 6, "talk": 6, "json": 6}
 
     def __init__(self, functions: list[Function], seed: int) -> None:
         self.rng = random.Random(seed)
@@ -296,7 +252,7 @@ class Mixture:
 
     def conversation(self) -> list[Message]:
         """One to four exchanges, sometimes after a system message."""
-        kinds, weights = list(self.WEIGHTS), list(self.WEIGHTS.values())
+        kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
         turns = 1 if self.rng.random() < 0.8 else self.rng.randint(2, 4)
         messages: list[Message] = []
         for kind in self.rng.choices(kinds, weights, k=turns):

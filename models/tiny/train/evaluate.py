@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import dialogues
+import facts
+import questions
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-import dialogues
-import facts
-import questions
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kernel_tiny"
 FREE = Path(__file__).with_name("free_questions.txt")

@@ -21,13 +21,9 @@ from typing import Any
 STORE = Path(__file__).resolve().parents[1] / "kernel_tiny" / "functions.json"
 WANTED = 1600
 # Platform-dependent, deprecated, private to CPython, or the same functions again under another name.
-SKIPPED = set(
-    """antigravity this idlelib lib2to3 test turtle turtledemo tkinter ensurepip msilib winreg winsound msvcrt nt ntpath posix
-    posixpath genericpath distutils encodings pydoc_data asynchat asyncore smtpd imp audioop pwd nis spwd crypt ossaudiodev
-    xxlimited xxlimited_35 xxsubtype nturl2path sre_compile sre_parse sre_constants builtins cgi cgitb telnetlib uu pipes""".split()
-)
+SKIPPED = set(Path(__file__).with_name("skipped_modules.txt").read_text().split())
 CLASSES = (str, list, dict, set, int, float, tuple, bytes, frozenset, complex, Path, deque, Counter)
-PARAMETER_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,8 @@ def modules() -> list[tuple[str, ModuleType]]:
 
 
 def _belongs(thing: Any, module: ModuleType, name: str) -> bool:
-    home = getattr(thing, "__module__", None) or name
-    return hasattr(module, "__all__") or home.split(".")[0].lstrip("_") in (
-        name.split(".")[0],
-        "posix",
-        "posixpath",
-        "genericpath",
-    )
+    home = (getattr(thing, "__module__", None) or name).partition(".")[0].lstrip("_")
+    return hasattr(module, "__all__") or home in (name.partition(".")[0], "posix", "posixpath", "genericpath")
 
 
 def _candidates() -> Iterator[tuple[str, Any]]:
@@ -101,11 +92,9 @@ def _signature(name: str, thing: Any) -> tuple[str, list[str], int]:
         return "", [], 0
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values() if p.name != "self"]
     text = re.sub(r", /|/, |^\(/\)", "", str(inspect.Signature(plain)))
-    byplace = [p for p in plain if p.kind in PARAMETER_KINDS]
-    required = sum(
-        p.default is inspect.Parameter.empty for p in plain if p.kind in (*PARAMETER_KINDS, inspect.Parameter.KEYWORD_ONLY)
-    )
-    return name + text, [p.name for p in byplace], required
+    named = [p for p in plain if p.kind in (*BY_PLACE, inspect.Parameter.KEYWORD_ONLY)]
+    required = sum(p.default is inspect.Parameter.empty for p in named)
+    return name + text, [p.name for p in named if p.kind in BY_PLACE], required
 
 
 def _good(name: str, doc: str) -> bool:
@@ -126,15 +115,13 @@ def collect(wanted: int = WANTED) -> list[Function]:
         if len(chosen) < wanted and id(thing) not in seen and _good(name, doc):
             seen.add(id(thing))
             keep.append(thing)  # an id is only unique while its object lives
-            chosen.setdefault(name, Function(name, *_reordered(name, thing, doc)))
+            chosen.setdefault(name, _described(name, thing, doc))
     return sorted(chosen.values(), key=lambda function: function.name)
 
 
-def _reordered(name: str, thing: Any, doc: str) -> tuple[str, str, list[str], int]:
+def _described(name: str, thing: Any, doc: str) -> Function:
     signature, parameters, required = _signature(name, thing)
-    if len(signature) > 60:
-        signature = ""
-    return signature, doc, parameters[:6], required
+    return Function(name, signature if len(signature) <= 60 else "", doc, parameters[:6], required)
 
 
 def save(functions: list[Function]) -> None:
@@ -145,3 +132,7 @@ def save(functions: list[Function]) -> None:
 def load() -> list[Function]:
     """The functions as they were taught, whatever Python runs now."""
     return [Function(*row) for row in json.loads(STORE.read_text())]
+
+
+if __name__ == "__main__":
+    save(collect())

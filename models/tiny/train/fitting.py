@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 import vocabulary
 from dialogues import Mixture
 from facts import Function
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 Keep = Callable[[LlamaForCausalLM], None]
 Row = tuple[list[int], list[bool]]
@@ -66,9 +66,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     return model
 
 
@@ -76,16 +74,16 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 def prime_copying(model: LlamaForCausalLM) -> None:
     """Lets attention start near "look for what is alike, and pass on what it says": copying is found much sooner."""
     config = model.config
-    size, share = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    share = config.num_attention_heads // config.num_key_value_heads
+
+    def repeated(weight: Tensor) -> Tensor:
+        return weight.view(-1, config.head_dim, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1)
+
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        attention.o_proj.weight.copy_(
-            attention.v_proj.weight.view(-1, size, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1).T
-        )
-        attention.o_proj.weight.mul_(0.5)
+        attention.o_proj.weight.copy_(0.5 * repeated(attention.v_proj.weight).T)
         if index:
-            keys = attention.k_proj.weight.view(-1, size, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1)
-            attention.q_proj.weight.mul_(0.5).add_(keys, alpha=0.5)
+            attention.q_proj.weight.mul_(0.5).add_(repeated(attention.k_proj.weight), alpha=0.5)
 
 
 def _drill(rng: random.Random) -> Row:
@@ -169,7 +167,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             with ThreadPoolExecutor(BATCHES, initializer=_one_core) as pool:
-                list(pool.map(lambda weight: self._move(weight, group["lr"], group["momentum"]), group["params"]))
+                list(pool.map(partial(self._move, rate=group["lr"], inertia=group["momentum"]), group["params"]))
 
     @torch.no_grad()
     def _move(self, weight: nn.Parameter, rate: float, inertia: float) -> None:

@@ -11,39 +11,47 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import argparse
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import facts
 import fitting
+import torch
 import vocabulary
+from rich.console import Console
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kernel_tiny"
 RECIPES = {recipe.name: recipe for recipe in (fitting.CHAT, fitting.DRAFT)}
 SEED = 20
 
 
-def _edit(file: Path, **changes: object) -> None:
+def _edit(file: Path, drop: tuple[str, ...] = (), **changes: object) -> None:
     content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    kept = {key: value for key, value in content.items() if key not in drop}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A checkpoint folder in bf16 that older readers of config.json understand as well."""
+    """A checkpoint folder in bf16 that older readers of the configuration files understand as well."""
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     _edit(folder / "config.json", rope_theta=500.0)
-    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_eos_token": False}
+    _edit(folder / "tokenizer_config.json", ("backend", "extra_special_tokens", "is_local", "local_files_only"), **known)
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     functions = facts.load()
     tokenizer = vocabulary.train(functions, seed)
     for name in RECIPES:
-        tokenizer.save_pretrained(PACKAGE / name)
+        save_tokenizer(tokenizer, PACKAGE / name)
     return tokenizer
 
 
@@ -72,7 +80,8 @@ def main() -> None:
 
 def run(stage: str, seed: int, minutes: float) -> None:
     if stage == "facts":
-        facts.save(facts.collect())
+        # In a process without torch, which puts functions of its own into `inspect`.
+        subprocess.run([sys.executable, facts.__file__], check=True)
     elif stage == "tokenizer":
         make_tokenizer(seed)
     elif stage == "evaluate":

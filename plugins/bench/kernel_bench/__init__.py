@@ -6,5 +6,5 @@ command = Command(
     name="bench",
     summary="Measure an engine: the cost of a step, and speed and latency on a model",
     arguments="kernel_bench.arguments:add_arguments",
-    run="kernel_bench.command:run",
+    run="kernel_bench.run:run",
 )

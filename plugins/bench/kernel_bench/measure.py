@@ -9,7 +9,7 @@ from typing import Any
 
 from kernel_bench.processes import LoadMeter
 from kernel_bench.workloads import Workload
-from kernel_core.api import Engine, RequestError, RequestOutput, SamplingParams
+from kernel_core.api import Engine, KernelError, RequestError, RequestOutput, SamplingParams
 
 
 def measure(engine: Engine, workload: Workload, seed: int = 0) -> dict[str, Any]:
@@ -38,6 +38,9 @@ def _finish(engine: Engine) -> list[RequestOutput]:
     outputs = []
     while engine.has_unfinished_requests():
         outputs += [tracked.output for tracked in engine.advance() if tracked.output.finished]
+    failed = next((output.error for output in outputs if output.error), None)
+    if failed is not None:
+        raise KernelError(f"a request of the workload failed: {failed}")
     return outputs
 
 

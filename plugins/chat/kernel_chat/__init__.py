@@ -6,5 +6,5 @@ command = Command(
     name="chat",
     summary="Talk with a model in the terminal",
     arguments="kernel_chat.arguments:add_arguments",
-    run="kernel_chat.command:run",
+    run="kernel_chat.run:run",
 )

@@ -42,6 +42,17 @@ def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path)
         build.library.cache_clear()
 
 
+def test_disabled_kernels_run_as_torch_silently(caplog):
+    try:
+        build.disable()
+        assert build.library() is None
+        assert not linear.pack(torch.randn(3, 8)).panel
+        assert not caplog.records
+    finally:
+        build._disabled.clear()
+        build.library.cache_clear()
+
+
 BUILD = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
