@@ -126,9 +126,9 @@ def show(size: int) -> str:
 def summary(model: str, device: str, report: WorkerReport, allocation: Allocation, seconds: float) -> str:
     """The line an engine says when it has started."""
     tokens = capacity(report, allocation)
-    blocks = " + ".join(f"{n - 1:,} of {g.block_size or 'any size'}" for g, n in zip(report.groups, allocation.num_blocks))
+    blocks = " + ".join(f"{n - 1:,} blocks of {g.block_size or 'any size'}" for g, n in zip(report.groups, allocation.num_blocks))
     return (
-        f"{model} on {device}: {split(report.memory)}; KV for {tokens:,} tokens ({blocks or 'no'} blocks), "
+        f"{model} on {device}: {split(report.memory)}; KV for {tokens:,} tokens ({blocks or 'no blocks'}), "
         f"{tokens / allocation.max_model_len:.1f} requests of {allocation.max_model_len:,} tokens at once, "
         f"at most {allocation.max_slots}; started in {seconds:.1f} s"
     )

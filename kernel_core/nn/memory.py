@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernel_core.config import EngineConfig
 from kernel_core.errors import CapacityError, ConfigError
@@ -27,9 +28,23 @@ def parse_bytes(text: str) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+    """Bytes of all tensors that the modules hold, laid out by an op or not; shared storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [tensor for value in vars(module).values() for tensor in _tensors(value)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a value that an op made: a tensor, or a tuple or dataclass of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(tuple(getattr(value, field.name) for field in fields(value)))
 
 
 def activation_bytes(model: nn.Module, dtype: torch.dtype, max_tokens: int, max_rows: int, vocab_size: int) -> int:

@@ -81,7 +81,7 @@ def test_auto_takes_what_fits_and_a_number_that_does_not_is_refused_with_what_wo
 def test_the_start_line_says_where_memory_went_and_what_it_is_good_for():
     line = summary("m", "cpu", report(), settle(EngineConfig(), report(), 1), 1.25)
     assert line == (
-        "m on cpu: weights 5.0 MiB, kv 97.7 KiB; KV for 15,984 tokens (999 of 16 blocks), 16.0 requests of 1,000 tokens at once,"
+        "m on cpu: weights 5.0 MiB, kv 97.7 KiB; KV for 15,984 tokens (999 blocks of 16), 16.0 requests of 1,000 tokens at once,"
         " at most 256; started in 1.2 s"
     )
     assert [show(n) for n in (5, 2048, 200 << 20, 3 << 30)] == ["5 bytes", "2.0 KiB", "200 MiB", "3.0 GiB"]

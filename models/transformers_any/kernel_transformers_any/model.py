@@ -95,9 +95,9 @@ class TransformersModel(nn.Module):
         whole, parts = Probe(), Probe()
         with masks_of(whole):
             expected = self.causal(input_ids=ids[None], **_call(ids, whole)).logits[0]
+        self._check(whole)
         with masks_of(parts):
             logits = self.logits(self._hidden({"input_ids": ids[None]}, ids, parts))
-        self._check(whole)
         if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ConfigError(
                 f"{type(self.causal).__name__} does more between its layers and its logits than a head: not supported"
@@ -141,6 +141,14 @@ class TransformersModel(nn.Module):
         return head(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
+class GivenOutput(BaseModelOutputWithPast):
+    """Whatever else a model's head copies from the output of its layers is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class Given(nn.Module):
     """Stands in the place of a model's layers: what it is given is what comes out."""
 
@@ -148,8 +156,8 @@ class Given(nn.Module):
     def decoder(self) -> Given:
         return self
 
-    def forward(self, *unused: Any, inputs_embeds: Tensor, **also_unused: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *unused: Any, inputs_embeds: Tensor, **also_unused: Any) -> GivenOutput:
+        return GivenOutput(last_hidden_state=inputs_embeds)
 
 
 def _head(causal: PreTrainedModel) -> PreTrainedModel:
