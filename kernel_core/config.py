@@ -14,8 +14,12 @@ class _Frozen(BaseModel):
 class EngineConfig(_Frozen):
     """`[engine]`. Sizes are tokens unless said."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's, where the device has it")
-    max_model_len: int | Literal["auto"] = Field("auto", description="prompt + output of one request; auto: what the model allows and memory fits")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's, where the device has it"
+    )
+    max_model_len: int | Literal["auto"] = Field(
+        "auto", description="prompt + output of one request; auto: what the model allows and memory fits"
+    )
     max_tokens_per_step: int = Field(2048, ge=1, description="token budget of a step")
     max_requests: int = Field(256, ge=1, description="requests running at once (slots)")
     max_prompt_chunk: int | None = Field(None, ge=1, description="longest prefill chunk of one request in a step")

@@ -6,8 +6,8 @@ A hook without a caller is not listed; docs/architecture.md says where the other
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from kernel_core.protocols import Call, CheckpointFormat, Executor, Observer, Policy, RequestPreparer, Resource
 
 PROJECT = "kernel_core"
+F = TypeVar("F", bound=Callable[..., Any])
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-def home(*parts: str, composes: str):  # noqa: ANN201
+def home(*parts: str, composes: str) -> Callable[[F], F]:
     """Mark where a hook is called ("face", "engine", "worker") and how several answers compose."""
 
-    def mark(function):  # noqa: ANN001, ANN202
-        function.parts, function.composes = parts, composes
+    def mark(function: F) -> F:
+        function.__dict__.update(parts=parts, composes=composes)
         return function
 
     return mark

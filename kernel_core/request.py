@@ -93,9 +93,7 @@ class SamplingParams:
         logprobs, prompt_logprobs = (width.get(k, k) for k in (self.logprobs, self.prompt_logprobs))
         if self.greedy:
             return SamplingRow(0.0, 0, 1.0, 0.0, logprobs, prompt_logprobs, num_prompt_tokens)
-        return SamplingRow(
-            self.temperature, self.top_k, self.top_p, self.min_p, logprobs, prompt_logprobs, num_prompt_tokens
-        )
+        return SamplingRow(self.temperature, self.top_k, self.top_p, self.min_p, logprobs, prompt_logprobs, num_prompt_tokens)
 
 
 KERNEL_FIELDS = frozenset(SamplingParams.__dataclass_fields__) - {"fields"}

@@ -27,7 +27,7 @@ class AttentionSpec:
     """What one attention layer declares. Same (kind, window) and block size → same KV group.
 
     `kind`: "full" or "window" (later "latent", "cross", "recurrent"). `window` w: position p sees p-w+1 .. p.
-    `algorithm` lets a layer ask for a special backend ("softmax" by default). `sinks`: the layer passes one extra logit a head."""
+    `algorithm` lets a layer ask for a special backend ("softmax" by default). `sinks`: an extra logit a head."""
 
     layer: str  # unique path, the key of its KV
     num_heads: int
@@ -88,9 +88,7 @@ class AttentionBackend(Protocol):
         """What all layers of a group share in this step. Rate: step."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: Any, plan: Any, spec: AttentionSpec, sinks: Tensor | None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, kv: Any, plan: Any, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """Write k, v [T, Hkv, D] at the planned slots, then attend q [T, Hq, D] → [T, Hq, Dv]. Rate: graph, per layer."""
         ...
 

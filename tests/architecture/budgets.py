@@ -56,7 +56,9 @@ def _lengths() -> list[int]:
 
 
 BUDGETS: dict[str, tuple[Callable[[], float], float]] = {
-    "kernel_core without nn, code lines": (lambda: _total(source.kernel_files(nn=False)), 3000),
+    # docs/architecture.md says why it is 4,500: the contract and the faces count, too
+    "kernel_core without nn, code lines": (lambda: _total(source.kernel_files(nn=False)), 4500),
+    "kernel_core/testing, code lines": (lambda: _total(source.testing_files()), 600),
     "kernel_core/nn, code lines": (lambda: _total(source.kernel_files(nn=True)), 3000),
     "a feature plugin, code lines, median": (lambda: median(plugin_sizes().values() or [0]), 400),
     "function length, median": (lambda: median(_lengths()), 9),

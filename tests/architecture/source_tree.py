@@ -58,8 +58,13 @@ def _distribution(file: Path) -> Distribution:
 
 
 def kernel_files(nn: bool) -> list[Path]:
-    """The kernel's files: of kernel_core/nn, or of the rest."""
-    return [file for file in sorted(KERNEL.rglob("*.py")) if ("nn" in file.relative_to(KERNEL).parts) == nn]
+    """The kernel's files: of kernel_core/nn, or of the rest; `kernel_core/testing` is the authors' kit and is in neither."""
+    parts = {file: file.relative_to(KERNEL).parts for file in sorted(KERNEL.rglob("*.py"))}
+    return [file for file, path in parts.items() if ("nn" in path) == nn and "testing" not in path]
+
+
+def testing_files() -> list[Path]:
+    return sorted((KERNEL / "testing").rglob("*.py"))
 
 
 def package_files(distribution: Distribution) -> list[Path]:

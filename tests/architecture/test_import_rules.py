@@ -84,7 +84,7 @@ def test_entry_point_module_is_light(distribution: source.Distribution) -> None:
 
 def test_kernel_imports_no_plugin() -> None:
     packages = {distribution.package for distribution in DISTRIBUTIONS}
-    files = source.kernel_files(nn=False) + source.kernel_files(nn=True)
+    files = source.kernel_files(nn=False) + source.kernel_files(nn=True) + source.testing_files()
     found = [(file.name, name) for file in files for name, _ in source.imports(file) if name.split(".")[0] in packages]
     assert found == []
 
@@ -92,7 +92,7 @@ def test_kernel_imports_no_plugin() -> None:
 def test_kernel_without_nn_never_imports_torch() -> None:
     """Lazy imports count too; the executor alone reaches the torch side, by importing kernel_core.nn.worker when it starts."""
     found = []
-    for file in source.kernel_files(nn=False):
+    for file in source.kernel_files(nn=False) + source.testing_files():
         lazy = file.name == "executor.py"
         names = [name for name, _ in source.imports(file) if not (lazy and _is_inside(name, "kernel_core.nn.worker"))]
         names = [n for n in names if n in _runtime_imports(file) and any(_is_inside(n, h) for h in ("torch", "kernel_core.nn"))]

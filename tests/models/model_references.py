@@ -61,7 +61,7 @@ def write_checkpoint(path, model_type: str, changes: dict) -> AutoModelForCausal
     torch.manual_seed(7)
     config = AutoConfig.for_model(model_type, **{**COMMON, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide mistakes
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(path)
