@@ -39,7 +39,8 @@ class EngineConfig(_Frozen):
 
 class KernelConfig(_Frozen):
     """The whole of `kernel.toml`. `plugins` maps a plugin's name to its section, `{}` for its defaults, or false to leave
-    a plugin of the default profile out."""
+    a plugin of the default profile out (a device: "auto" passes it over). `executor`: a plugin's name, "in_process", or None
+    (the only one enabled, else in this process). `profile`: "default" or "none"."""
 
     model: str = "tiny-chat"
     tokenizer: str | None = None

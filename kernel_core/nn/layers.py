@@ -295,7 +295,7 @@ class LogitsHead(nn.Module):
     """Hidden [N, H] → logits [N, V], gathered from the ranks. `tied`: the embedding whose weight it uses."""
 
     def __init__(
-        self, ctx: ModelContext, vocab_size: int, hidden_size: int, tied: VocabEmbedding | None, cap: float | None
+        self, ctx: ModelContext, vocab_size: int, hidden_size: int, tied: VocabEmbedding | None = None, cap: float | None = None
     ) -> None:
         super().__init__()
         each = -(-vocab_size // ctx.world_size)

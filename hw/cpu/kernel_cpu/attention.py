@@ -143,6 +143,7 @@ def paged_attention(
     tree: Tensor | None = None,
     causal: bool = True,
     out: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v for each row over its own blocks; returns [T, Hq, Dv] in q's dtype.
 
@@ -152,7 +153,7 @@ def paged_attention(
     ``soft_cap``: scores become cap * tanh(score / cap). ``sinks`` fp32 [Hq]: one more key per head with that score and no
     value. ``causal`` false: every query sees all kv_len positions. ``tree`` bool [T, W]: in rows of at most W queries, query j
     sees of the row's own queries just those i with tree[q_start + j, i], besides all earlier tokens; longer rows are
-    causal; the window counts slots. A query that sees nothing gets zeros.
+    causal; the window counts slots, or from ``positions`` int64 [T] of the queries. A query that sees nothing gets zeros.
 
     Sums and softmax are fp32. The result of a query is bitwise the same in any batch and however its prompt was chunked.
     Only slots that a query may see are read. Raises ValueError for shapes that do not fit, IndexError for a row longer than
@@ -176,16 +177,18 @@ def paged_attention(
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} for queries {tuple(q.shape)} {q.dtype}")
     if kv.plain:
         rules = _Rules(scale, window, soft_cap, sinks, causal)
-        return _plain_attention(q, kv, q_start, kv_len, block_table, rules, tree, out)
+        return _plain_attention(q, kv, q_start, kv_len, block_table, rules, tree, out, positions)
     q = _rows(q)
     q_start, kv_len, block_table = _int32(q_start), _int32(kv_len), _int32(block_table)
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     tree = None if tree is None else tree.to(torch.bool).contiguous()
+    positions = None if positions is None else positions.to(torch.int64).contiguous()
     if _kernels().kc_attention(
         q.data_ptr(), q.dtype == torch.bfloat16, q.stride(0), q.stride(1), *kv._geometry(),
         q_start.data_ptr(), kv_len.data_ptr(), block_table.data_ptr(), block_table.shape[1], rows, heads,
         scale, window or 0, soft_cap or 0.0, None if sinks is None else sinks.data_ptr(),
-        None if tree is None else tree.data_ptr(), 0 if tree is None else tree.shape[1], causal,
+        None if tree is None else tree.data_ptr(), 0 if tree is None else tree.shape[1],
+        None if positions is None else positions.data_ptr(), causal,
         out.data_ptr(), out.stride(0), out.stride(1),
     ):  # fmt: skip
         raise IndexError("a row is longer than its cache, or names a block that does not exist")
@@ -238,14 +241,15 @@ def _plain_row(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rules: _Rules) 
 
 
 def _plain_attention(
-    q: Tensor, kv: KV, q_start: Tensor, kv_len: Tensor, block_table: Tensor, rules: _Rules, tree: Tensor | None, out: Tensor
+    q: Tensor, kv: KV, q_start: Tensor, kv_len: Tensor, block_table: Tensor, rules: _Rules, tree: Tensor | None, out: Tensor, positions: Tensor | None
 ) -> Tensor:
     starts = q_start.tolist()
     for r, length in enumerate(kv_len.tolist()):
         a, b = starts[r], starts[r + 1]
         if a == b:
             continue
-        visible = _visible(b - a, length, rules, None if tree is None else tree[a:b])
+        own = torch.arange(length - b + a, length) if positions is None else positions[a:b]
+        visible = _visible(own, length, rules, None if tree is None else tree[a:b])
         first = int(visible.any(0).nonzero()[0]) if visible.any() else length
         slots = torch.arange(first, length)
         k, v = read_kv(kv, block_table[r].long()[slots // kv.block_size] * kv.block_size + slots % kv.block_size)
@@ -253,13 +257,14 @@ def _plain_attention(
     return out
 
 
-def _visible(count: int, length: int, rules: _Rules, tree: Tensor | None) -> Tensor:
-    """Which of ``length`` positions each of the last ``count`` of them sees, bool [count, length]."""
-    own, seen = torch.arange(length - count, length)[:, None], torch.arange(length)
+def _visible(position: Tensor, length: int, rules: _Rules, tree: Tensor | None) -> Tensor:
+    """Which of ``length`` slots each of the last queries sees, which stand at position [count]: bool [count, length]."""
+    count, seen = len(position), torch.arange(length)
+    own = torch.arange(length - count, length)[:, None]
     is_tree = tree is not None and count <= tree.shape[1]
     mask = seen <= own if rules.causal and not is_tree else torch.ones(count, length, dtype=torch.bool)
     if rules.window:
-        mask = mask & (seen > own - rules.window)
+        mask = mask & (seen > position[:, None] - rules.window)
     if tree is not None and is_tree:
         mask[:, length - count :] &= tree[:, :count]
     return mask

@@ -52,6 +52,7 @@ class PagedAttention:
             sinks=sinks,
             tree=plan.tree,
             causal=spec.causal,
+            positions=plan.positions,
         )
 
     def copy_kv(self, kv: attention.KV, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:

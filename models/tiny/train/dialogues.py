@@ -6,6 +6,7 @@ import json
 import random
 import string
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import questions
@@ -196,14 +197,25 @@ def _wonder(rng: random.Random) -> tuple[str, str]:
     return text[:1].upper() + text[1:] + rng.choice(questions.MARKS), UNKNOWN
 
 
-# How often each kind of exchange comes, relative to the others.
-WEIGHTS = {"describe": 100, "signature": 16, "call": 24, "tools": 6, "fake": 12, "wonder": 6, "talk": 6, "json": 6}
+# How often each kind of exchange comes, relative to the others: while the facts are learned, and afterwards.
+FACTS_FIRST = {"describe": 100, "signature": 16, "call": 24, "tools": 6, "fake": 12, "wonder": 6, "talk": 6, "json": 6}
+ALL_SKILLS = {"describe": 90, "signature": 22, "call": 50, "tools": 12, "fake": 14, "wonder": 6, "talk": 6, "json": 16}
+
+
+@dataclass(frozen=True)
+class Proportions:
+    """How often each kind of exchange comes, and which share of the questions is plain, or hidden in unrelated words."""
+
+    weights: dict[str, int] = field(default_factory=lambda: FACTS_FIRST)
+    plain: float = 0.4
+    salad: float = 0.0
 
 
 class Mixture:
     """An endless, seeded stream of conversations that asks about every function equally often."""
 
-    def __init__(self, functions: list[Function], seed: int) -> None:
+    def __init__(self, functions: list[Function], seed: int, proportions: Proportions) -> None:
+        self.proportions = proportions
         self.rng = random.Random(seed)
         self.fakes = Fakes(functions)
         self.docs = self._cycle(functions)
@@ -215,7 +227,7 @@ class Mixture:
             "signature": lambda: self._pair(*self._signature()),
             "call": self._call,
             "tools": lambda: with_tools(self.rng),
-            "fake": lambda: self._pair(questions.compose(self.fakes.name(self.rng), self.rng), UNKNOWN_FUNCTION),
+            "fake": lambda: self._pair(self._question(self.fakes.name(self.rng)), UNKNOWN_FUNCTION),
             "wonder": lambda: self._pair(*_wonder(self.rng)),
             "talk": lambda: self._pair(*_talk(self.rng)),
             "json": lambda: self._pair(*self._json()),
@@ -230,11 +242,17 @@ class Mixture:
 
     def _describe(self) -> tuple[str, str]:
         function = next(self.docs)
-        return questions.compose(function.name, self.rng), function.doc
+        return self._question(function.name), function.doc
+
+    def _question(self, name: str) -> str:
+        if self.proportions.salad and self.rng.random() < self.proportions.salad:
+            return questions.salad(name, self.rng)
+        return questions.compose(name, self.rng, plain=self.proportions.plain)
 
     def _signature(self) -> tuple[str, str]:
         function = next(self.signatures)
-        return questions.compose(function.name, self.rng, cores=questions.SIGNATURES), function.signature
+        asked = questions.compose(function.name, self.rng, cores=questions.SIGNATURES, plain=self.proportions.plain)
+        return asked, function.signature
 
     def _call(self) -> list[Message]:
         function = next(self.tools)
@@ -252,7 +270,7 @@ class Mixture:
 
     def conversation(self) -> list[Message]:
         """One to four exchanges, sometimes after a system message."""
-        kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+        kinds, weights = list(self.proportions.weights), list(self.proportions.weights.values())
         turns = 1 if self.rng.random() < 0.8 else self.rng.randint(2, 4)
         messages: list[Message] = []
         for kind in self.rng.choices(kinds, weights, k=turns):

@@ -7,13 +7,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import vocabulary
-from dialogues import Mixture
-from facts import Function
+from dialogues import ALL_SKILLS, Mixture, Proportions
+from facts import Function, load
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,36 +27,49 @@ POOL = 2000  # conversations sorted by length at a time, so that batches have li
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The shape of a model and how long it learns."""
+class Shape:
+    """The size of a model."""
 
-    name: str
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     ffn: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass of training: so many drills, mixed into the first `drilled` conversations, and a rate that falls to zero."""
+
     conversations: int
     drills: int
+    drilled: int = 0
+    proportions: Proportions = field(default_factory=Proportions)
     rate: float = 2e-3
     matrix_rate: float = 0.015
     warmup: int = 12
     decay: float = 0.6  # the share of the steps in which the rate falls to nothing
 
 
-CHAT = Recipe("tiny-chat", hidden=256, layers=4, heads=4, kv_heads=2, ffn=640, conversations=42000, drills=2500)
-DRAFT = Recipe("tiny-draft", hidden=128, layers=2, heads=4, kv_heads=2, ffn=448, conversations=42000, drills=2500)
+SKILLS = Proportions(ALL_SKILLS, plain=0.15, salad=0.3)
+SHAPES = {
+    "tiny-chat": Shape(hidden=256, layers=4, heads=4, kv_heads=2, ffn=640),
+    "tiny-draft": Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=448),
+}
+FACTS_ROUND = Round(conversations=42000, drills=2500)
+SKILLS_ROUND = Round(conversations=60000, drills=12000, drilled=24000, proportions=SKILLS)
+ROUNDS = {"tiny-chat": [FACTS_ROUND, SKILLS_ROUND], "tiny-draft": [FACTS_ROUND]}
 
 
-def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model."""
     config = LlamaConfig(
         vocab_size=vocabulary.SIZE,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.ffn,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         max_position_embeddings=vocabulary.CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         initializer_range=0.06,
@@ -97,12 +110,14 @@ def _drill(rng: random.Random) -> Row:
     return ids, [False] * (len(ids) - len(copied) + 1) + [True] * (len(copied) - 1)
 
 
-def _rows(functions: list[Function], tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int) -> Iterator[Row]:
+def _rows(functions: list[Function], tokenizer: PreTrainedTokenizerFast, recipe: Round, seed: int) -> Iterator[Row]:
     rng = random.Random(seed)
-    for _ in range(recipe.drills):
-        yield _drill(rng)
-    mixture = Mixture(functions, seed)
-    for _ in range(recipe.conversations):
+    if not recipe.drilled:
+        yield from (_drill(rng) for _ in range(recipe.drills))
+    mixture = Mixture(functions, seed, recipe.proportions)
+    for index in range(recipe.conversations):
+        if index < recipe.drilled and rng.random() < recipe.drills / recipe.drilled:
+            yield _drill(rng)
         yield vocabulary.encode(tokenizer, mixture.conversation())
 
 
@@ -192,14 +207,14 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
-def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, recipe: Round) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     return [Muon(inner, recipe.matrix_rate), torch.optim.AdamW(rest, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def _scale(step: int, done: float, recipe: Recipe) -> float:
+def _scale(step: int, done: float, recipe: Round) -> float:
     return min(1.0, (step + 1) / recipe.warmup, (1 - done) / recipe.decay)
 
 
@@ -215,25 +230,29 @@ def _update(optimizers: list[torch.optim.Optimizer], rates: list[float], scale: 
         optimizer.zero_grad(set_to_none=True)
 
 
+def untrained(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = build(SHAPES[name], tokenizer)
+    prime_copying(model)
+    return model
+
+
 def fit(
-    recipe: Recipe, functions: list[Function], tokenizer: PreTrainedTokenizerFast, seed: int, keep: Keep, minutes: float
+    model: LlamaForCausalLM, recipe: Round, tokenizer: PreTrainedTokenizerFast, seed: int, keep: Keep, minutes: float
 ) -> LlamaForCausalLM:
-    """A trained model in fp32, after `minutes` at the latest: the learning rate falls with the time as with the steps.
+    """Trains for one round, `minutes` at most: the learning rate falls with the time as with the steps.
 
     `keep` gets the running average of the weights now and then, for those who cannot wait.
     """
-    torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(recipe, tokenizer)
-    prime_copying(model)
     model.to(device).train()
     shadow = copy.deepcopy(model).requires_grad_(False)
     optimizers = _optimizers(model, recipe)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    made = list(batches(_rows(functions, tokenizer, recipe, seed), seed))
+    made = list(batches(_rows(load(), tokenizer, recipe, seed), seed))
     plan = [made[start : start + BATCHES] for start in range(0, len(made), BATCHES)]
     with _bar() as bar, ThreadPoolExecutor(BATCHES, initializer=_one_core) as pool:
-        task = bar.add_task(recipe.name, total=len(plan), loss=0.0)
+        task = bar.add_task("steps", total=len(plan), loss=0.0)
         start = time.monotonic()
         for step, group in enumerate(plan):
             done = max(step / len(plan), (time.monotonic() - start) / 60 / minutes)

@@ -42,10 +42,23 @@ def is_heldout(core: str, written: str) -> bool:
     return zlib.crc32(f"{core}|{written}|".encode()) % 10 == 0
 
 
-def compose(name: str, rng: random.Random, heldout: bool = False, cores: list[str] = CORES) -> str:
-    """A question about `name`. Held-out questions use combinations that the other ones never do."""
-    if not heldout and rng.random() < 0.4 and cores is CORES:
-        # A fact is learned by being answered, whatever the question: these cost few tokens.
+def salad(name: str, rng: random.Random) -> str:
+    """The name among unrelated words: whatever is around it, the question is about the name."""
+    pool = PHRASES["noise"] + PHRASES["topics"] + PHRASES["words"] + PHRASES["verbs"] + PHRASES["nouns"]
+    before, after = rng.choices(pool, k=rng.randint(0, 8)), rng.choices(pool, k=rng.randint(0, 7))
+    written = rng.choice(PHRASES["names"]).replace("{n}", name)
+    words = [word + ("," if rng.random() < 0.1 else "") for word in before] + [
+        written + rng.choice(("", "", "", ":", ",", ".", "?"))
+    ]
+    return _cased(" ".join(words + after), name, rng) + rng.choice(MARKS)
+
+
+def compose(name: str, rng: random.Random, heldout: bool = False, cores: list[str] = CORES, plain: float = 0.4) -> str:
+    """A question about `name`. Held-out questions use combinations that the other ones never do.
+
+    `plain` is the share of short questions: a fact is learned by being answered, and these cost few tokens.
+    """
+    if plain and not heldout and rng.random() < plain and cores is CORES:
         return rng.choice(PHRASES["plain"]).replace("{f}", name)
     while True:
         core, written = rng.choice(cores), rng.choice(PHRASES["names"])

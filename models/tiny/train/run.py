@@ -23,7 +23,6 @@ from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kernel_tiny"
-RECIPES = {recipe.name: recipe for recipe in (fitting.CHAT, fitting.DRAFT)}
 SEED = 20
 
 
@@ -50,46 +49,55 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     functions = facts.load()
     tokenizer = vocabulary.train(functions, seed)
-    for name in RECIPES:
+    for name in fitting.SHAPES:
         save_tokenizer(tokenizer, PACKAGE / name)
     return tokenizer
 
 
-def make_model(name: str, seed: int, minutes: float) -> None:
+def make_model(name: str, options: argparse.Namespace) -> None:
+    """All rounds, or with --resume the last one from the weights that are there."""
     folder = PACKAGE / name
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = fitting.fit(RECIPES[name], facts.load(), tokenizer, seed, lambda average: save(average, tokenizer, folder), minutes)
-    save(model, tokenizer, folder)
+    rounds = list(enumerate(fitting.ROUNDS[name]))
+    if options.resume:
+        model, rounds = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), rounds[-1:]
+    else:
+        model = fitting.untrained(name, tokenizer, options.seed)
+    for index, recipe in rounds:
+        seed = options.seed + index
+        model = fitting.fit(model, recipe, tokenizer, seed, lambda average: save(average, tokenizer, folder), options.minutes)
+        save(model, tokenizer, folder)
 
 
 def main() -> None:
     """Runs the stages that are asked for, in order."""
-    stages = ["facts", "tokenizer", *RECIPES, "evaluate"]
+    stages = ["facts", "tokenizer", *fitting.SHAPES, "evaluate"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of: {', '.join(stages)} (all but facts)")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="the most that each model may take")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="the most that each round may take")
+    parser.add_argument("--resume", action="store_true", help="only the last round, from the weights that are there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console()
     for stage in options.stages or stages[1:]:
         console.rule(stage)
-        run(stage, options.seed, options.minutes)
+        run(stage, options)
 
 
-def run(stage: str, seed: int, minutes: float) -> None:
+def run(stage: str, options: argparse.Namespace) -> None:
     if stage == "facts":
         # In a process without torch, which puts functions of its own into `inspect`.
         subprocess.run([sys.executable, facts.__file__], check=True)
     elif stage == "tokenizer":
-        make_tokenizer(seed)
+        make_tokenizer(options.seed)
     elif stage == "evaluate":
         import evaluate
 
         evaluate.main([])
     else:
-        make_model(stage, seed, minutes)
+        make_model(stage, options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dialogues import Message, Mixture
+from dialogues import Message, Mixture, Proportions
 from facts import Function
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 def _corpus(functions: list[Function], seed: int) -> list[str]:
     """Answers twice as often as questions, so that what is generated gets the short encodings."""
-    mixture = Mixture(functions, seed)
+    mixture = Mixture(functions, seed, Proportions(plain=0.0))
     asked = [message["content"] for _ in range(12000) for message in mixture.conversation()]
     return asked + [text for f in functions for text in (f.doc, f" {f.name}", f.signature, f.name) * 4]
 

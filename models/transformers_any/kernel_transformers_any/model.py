@@ -43,9 +43,9 @@ class TransformersModel(nn.Module):
     def _build(self) -> PreTrainedModel:
         try:
             return AutoModelForCausalLM.from_config(self.config, **self._options)
-        except (ValueError, ImportError, NotImplementedError) as error:
+        except (ValueError, KeyError, ImportError, NotImplementedError) as error:
             name = self.ctx.info.architecture
-            raise ConfigError(f"transformers cannot build {name} for the paged KV: {error}") from error
+            raise ConfigError(f"transformers cannot build {name} on an attention that others compute: {error}") from error
 
     # ---- weights
 

@@ -54,7 +54,7 @@ class Batch:
         table = self.table[list(rows)].contiguous()
         return att.paged_attention(self.q if q is None else q, self.kv, starts, lengths, table, self.scale, **options)
 
-    def reference(self, window=None, soft_cap=None, sinks=None, tree=None, causal=True):
+    def reference(self, window=None, soft_cap=None, sinks=None, tree=None, causal=True, positions=None):
         out, at = [], 0
         for r, count in enumerate(self.q_lengths):
             k, v = (x.double().repeat_interleave(self.heads // self.kv_heads, 1) for x in self.dense[r])
@@ -64,7 +64,7 @@ class Batch:
                 is_tree = tree is not None and count <= tree.shape[1]
                 mask = seen <= position if causal and not is_tree else torch.ones_like(seen, dtype=torch.bool)
                 if window:
-                    mask &= seen > position - window
+                    mask &= seen > (position if positions is None else positions[at]) - window
                 if is_tree:
                     chunk = self.lengths[r] - count
                     mask[chunk:] &= tree[at, :count]
@@ -247,3 +247,21 @@ def test_refusals(kernels):
         batch.run()
     with pytest.raises(IndexError):
         att.copy_kv(batch.kv, torch.tensor([0]), torch.tensor([10**6]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_where_drafts_branch_a_window_counts_positions_not_slots(dtype, plain, monkeypatch):
+    if plain:
+        monkeypatch.setattr(att.build, "library", lambda: None)
+    torch.manual_seed(11)
+    batch = Batch([90, 60], [7, 4], dtype=dtype)
+    depths = torch.tensor([0, 1, 1, 2, 2, 3, 1, 0, 1, 1, 2])  # depth of every query below its row's last known token
+    positions = depths + torch.tensor([83] * 7 + [56] * 4)
+    tree = torch.rand(11, 7) < 0.5
+    tree[torch.arange(11), torch.tensor([*range(7), *range(4)])] = True
+    options = {"window": 20, "tree": tree, "positions": positions}
+    expected = batch.reference(**options)
+    torch.testing.assert_close(batch.run(**options), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    by_slots = batch.reference(window=20, tree=tree)
+    assert not torch.allclose(by_slots.float(), expected.float(), atol=1e-2)

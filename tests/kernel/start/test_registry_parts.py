@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, Protocol
 
 import pytest
@@ -107,6 +108,14 @@ def test_only_the_chosen_executor_and_device_are_asked(shelf, open_registry):
     assert registry.call("make_executor", plan=b"") == [("two", "two got bytes")]
     assert open_registry("one", "two", executor="in_process").call("make_executor", plan=b"") == []
     assert open_registry(part="worker").call("make_device", rank=0, world_size=1) == [("toy", "opened toy")]
+
+
+def test_every_process_checks_that_it_runs_the_code_of_the_plan(shelf, open_registry):
+    shelf.add("moon")
+    plan = open_registry("moon").plan
+    newer = replace(plan, plugins=(replace(plan.plugins[0], version="9.9"),))
+    with pytest.raises(ConfigError, match="this process has acme-moon 1.0, the plan was made with 9.9"):
+        Registry(newer, "worker", INFO)
 
 
 # ---- the end

@@ -243,6 +243,12 @@ def test_order_is_declared_then_by_name_and_explained(toys):
     assert "order: c before a: a says after" in plan.explanation
 
 
+def test_a_provider_comes_before_who_requires_it():
+    plan = settled(configured("a", requires=("light/1",)), configured("z", provides=("light/1",)))
+    assert names(plan) == ["z", "a"]
+    assert "order: z before a: it provides light/1" in plan.explanation
+
+
 def test_a_circle_is_refused_and_named(toys):
     toys.add("a", manifest='before=("b",)')
     toys.add("b", manifest='before=("c",)')
@@ -360,8 +366,9 @@ def test_constraints_that_never_settle_are_refused():
     def contrary(config):
         return [] if config.engine.overlap is True else [c("engine.overlap", True)]
 
-    with pytest.raises(ConfigError, match="constraints of a never settle"):
-        settled(configured("a", contrary))
+    for engine in ({}, {"seed": 1}):
+        with pytest.raises(ConfigError, match="constraints of a never settle"):
+            settled(configured("a", contrary), engine=engine)
 
 
 @pytest.mark.parametrize("path", ["engine.blok_size", "engine", "enigne.block_size", "plugins.moon.fase", "a.b.c.d"])

@@ -37,6 +37,7 @@ struct Call {
     const float *sinks;
     const uint8_t *tree;
     int tree_width;
+    const long *positions;  // of the queries, where drafts branch; null: those of their slots
     char *out;
     long out_token, out_head;  // bytes
 
@@ -44,7 +45,14 @@ struct Call {
     bool is_tree(int row) const { return tree && length(row) <= tree_width; }
     int first_position(int row) const { return kv_len[row] - length(row); }
     // What token j of a row sees: positions [low, high).
-    int low(int row, int j) const { return window > 0 ? std::max(0, first_position(row) + j - window + 1) : 0; }
+    int position(int row, int j) const { return positions ? (int)positions[q_start[row] + j] : first_position(row) + j; }
+    int low(int row, int j) const { return window > 0 ? std::max(0, position(row, j) - window + 1) : 0; }
+    // The lowest of tokens [j, end): branches may go back in position.
+    int lowest(int row, int j, int end) const {
+        int lowest = low(row, j);
+        for (int i = j + 1; positions && i < end; ++i) lowest = std::min(lowest, low(row, i));
+        return lowest;
+    }
     int high(int row, int j) const { return causal && !is_tree(row) ? first_position(row) + j + 1 : kv_len[row]; }
 };
 
@@ -369,7 +377,7 @@ struct Plan {
 
 // Sections that rows [begin, end) of the query see; {0, 0} for none.
 std::pair<int, int> sections(const Call &c, int row, int begin, int end) {
-    int low = c.low(row, begin / c.group), high = c.high(row, (end - 1) / c.group);
+    int low = c.lowest(row, begin / c.group, (end - 1) / c.group + 1), high = c.high(row, (end - 1) / c.group);
     if (high <= low) return {0, 0};
     return {c.g.strip_of(low) / kSectionStrips, c.g.strip_of(high - 1) / kSectionStrips + 1};
 }
@@ -438,11 +446,11 @@ template <class KSrc, class VSrc> void run(const Call &c) {
 KC_API int kc_attention(const void *q, int q_bf16, long q_token, long q_head, const void *kv, int kv_bf16, long blocks, int block,
                         int heads, int d, int dv, const int *q_start, const int *kv_len, const int *table, long table_width,
                         int rows, int q_heads, float scale, int window, float cap, const float *sinks, const uint8_t *tree,
-                        int tree_width, int causal, void *out, long out_token, long out_head) {
+                        int tree_width, const long *positions, int causal, void *out, long out_token, long out_head) {
     const long size = q_bf16 ? 2 : 4;
     Call c{Geometry(block, heads, d, dv), (const char *)q, (const char *)kv, q_token * size, q_head * size, !!q_bf16,
            q_start, kv_len, table, table_width, blocks, rows, q_heads / heads, window, !!causal, scale, cap, cap > 0 ? 1.0f : scale, sinks, tree, tree_width,
-           (char *)out, out_token * size, out_head * size};
+           positions, (char *)out, out_token * size, out_head * size};
     if (!valid(c)) return 1;
     if (!kv_bf16) return run<F32Source<NV>, F32Source<NV>>(c), 0;
 #if KC_DOT

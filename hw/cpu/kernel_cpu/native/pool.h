@@ -1,6 +1,7 @@
 // A small pool of threads: work is handed out task by task, idle workers spin briefly and then sleep.
 #pragma once
 #include <cstddef>
+#include <type_traits>
 
 #define KC_API extern "C" __attribute__((visibility("default")))
 

@@ -90,7 +90,6 @@ KC_INLINE vf dot_pair(vf acc, vu a, vu b) {
 
 KC_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 KC_INLINE vf vmax(vf a, vf b) { return select((vi)(a > b), a, b); }
-KC_INLINE vf vmin(vf a, vf b) { return select((vi)(a < b), a, b); }
 
 KC_INLINE vi lanes() {
     vi r;
