@@ -16,7 +16,7 @@ class Outcome:
     """The rows of a step while it is committed. Row i keeps kept[i] of its tokens, the first at position before[i];
     `finish` and `stop_token` hold zeros and -1 until something ends."""
 
-    ids: Sequence[str | None]  # by row
+    ids: Sequence[str]  # by row
     before: np.ndarray
     kept: np.ndarray
     finish: np.ndarray
@@ -25,7 +25,7 @@ class Outcome:
     whole: bool = True  # every row keeps what it gained
 
     @classmethod
-    def of(cls, ids: Sequence[str | None], before: np.ndarray, gained: np.ndarray) -> Outcome:
+    def of(cls, ids: Sequence[str], before: np.ndarray, gained: np.ndarray) -> Outcome:
         return cls(ids, before, gained, np.zeros(gained.size, np.int32), np.zeros(gained.size, np.int32) - 1)
 
     def keep(self, row: int, count: int) -> None:
@@ -53,7 +53,8 @@ class Events:
 
     def updates(self) -> Updates:
         count = len(self.ids)
-        nothing = Updates((), *(np.zeros(n, np.int32) for n in (0, 1, 0, 0)))
+        tokens, offsets, finish, stop_token = (np.zeros(n, np.int32) for n in (0, 1, 0, 0))
+        nothing = Updates((), tokens, offsets, finish, stop_token)
         return self.append_to(nothing) if count else nothing
 
     def append_to(self, updates: Updates) -> Updates:
@@ -92,7 +93,7 @@ def build(outcome: Outcome, result: StepResult, cached: Mapping[str, int]) -> Up
         shown[prompt.row] = True
     rows = np.flatnonzero(shown)
     return Updates(
-        tuple(outcome.ids[i] for i in rows.tolist()),  # type: ignore[misc]
+        tuple(outcome.ids[i] for i in rows.tolist()),
         tokens,
         np.concatenate([[0], kept[rows].cumsum()]).astype(np.int32),
         outcome.finish[rows],

@@ -31,7 +31,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, config: KernelConfig | Mapping[str, Any] | None = None, **keys: Any) -> None:
-        self.engine = Engine(config, **keys, **({} if model is None else {"model": model}))
+        self.engine = Engine(config, **(keys if model is None else {**keys, "model": model}))
         self._ids = count()
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -59,20 +59,20 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[RequestOutput]:
         """One prompt: its output whenever there is more of it, the whole each time. Closing the iterator aborts it."""
         (params,) = self._params(1, params, sampling)
-        name, finished = str(next(self._ids)), False
+        name, finished, error = str(next(self._ids)), False, None
         self.engine.add_request(name, prompt, params)
         try:
             with _interruptible() as interrupted:
                 while not finished:
                     for output in self.engine.step():
-                        finished = output.finished
+                        finished, error = output.finished, output.error
                         yield output
                     if interrupted.is_set():
                         raise KeyboardInterrupt
         finally:
             if not finished:
                 self._abandon([name])
-        if self.engine.dead and output.error:
+        if self.engine.dead and error:
             raise EngineDeadError(self.engine.dead)
 
     def chat(

@@ -89,11 +89,17 @@ class SamplingParams:
 
     def row(self, num_prompt_tokens: int, vocab_size: int) -> SamplingRow:
         """The numbers a worker needs; greedy rows have every filter off."""
-        width = {None: -1, -1: vocab_size}
-        logprobs, prompt_logprobs = (width.get(k, k) for k in (self.logprobs, self.prompt_logprobs))
+        logprobs, prompt_logprobs = (_width(k, vocab_size) for k in (self.logprobs, self.prompt_logprobs))
         if self.greedy:
             return SamplingRow(0.0, 0, 1.0, 0.0, logprobs, prompt_logprobs, num_prompt_tokens)
         return SamplingRow(self.temperature, self.top_k, self.top_p, self.min_p, logprobs, prompt_logprobs, num_prompt_tokens)
+
+
+def _width(asked: int | None, vocab_size: int) -> int:
+    """Logprobs as workers count them: -1 none."""
+    if asked is None:
+        return -1
+    return vocab_size if asked == -1 else asked
 
 
 KERNEL_FIELDS = frozenset(SamplingParams.__dataclass_fields__) - {"fields"}

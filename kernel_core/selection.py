@@ -172,7 +172,7 @@ class Selector:
             sel.taken, sel.secured = total, need
             return
         out = set()
-        for slot in sorted(need, key=lambda slot: self.slots.entries[slot].key):  # type: ignore[union-attr]
+        for slot in sorted(need, key=lambda slot: self.slots.entries[slot].key):
             entry = self.slots.entries[slot]
             if entry is not None and self._make_room(sel, entry, need[slot]):
                 sel.secure(slot, need[slot])

@@ -21,7 +21,7 @@ class CpuSection(Section):
     kv_share: float = 0.25
 
 
-manifest = Manifest(name="cpu", summary="The CPU device", section=CpuSection)
+manifest = Manifest(name="cpu", summary="The CPU device", after=("*",), section=CpuSection)
 
 
 @hookimpl

@@ -241,7 +241,15 @@ def _plain_row(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rules: _Rules) 
 
 
 def _plain_attention(
-    q: Tensor, kv: KV, q_start: Tensor, kv_len: Tensor, block_table: Tensor, rules: _Rules, tree: Tensor | None, out: Tensor, positions: Tensor | None
+    q: Tensor,
+    kv: KV,
+    q_start: Tensor,
+    kv_len: Tensor,
+    block_table: Tensor,
+    rules: _Rules,
+    tree: Tensor | None,
+    out: Tensor,
+    positions: Tensor | None,
 ) -> Tensor:
     starts = q_start.tolist()
     for r, length in enumerate(kv_len.tolist()):

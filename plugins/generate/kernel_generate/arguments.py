@@ -22,13 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none: from --file or standard input, one a line")
     parser.add_argument("--file", metavar="FILE", help="read prompts from a file, one a line; - is standard input")
     parser.add_argument("--whole", action="store_true", help="the whole file or standard input is one prompt")
-    parser.add_argument(
-        "--chat", action="store_true", help="send each prompt as a user message in a chat"
-    )
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
     parser.add_argument("--chat-template", metavar="FILE", help="with --chat: a Jinja template instead of the model's")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a line"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--stats", action="store_true", help="say on standard error how fast it was")
     add_sampling_arguments(parser)

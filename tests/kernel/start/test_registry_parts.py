@@ -114,7 +114,7 @@ def test_every_process_checks_that_it_runs_the_code_of_the_plan(shelf, open_regi
     shelf.add("moon")
     plan = open_registry("moon").plan
     newer = replace(plan, plugins=(replace(plan.plugins[0], version="9.9"),))
-    with pytest.raises(ConfigError, match="this process has acme-moon 1.0, the plan was made with 9.9"):
+    with pytest.raises(ConfigError, match=r"this process has acme-moon 1\.0, the plan was made with 9\.9"):
         Registry(newer, "worker", INFO)
 
 
