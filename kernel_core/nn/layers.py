@@ -111,7 +111,7 @@ def put(module: nn.Module, name: str, tensor: Tensor, target: tuple[slice, ...],
         setattr(module, name, nn.Parameter(whole, requires_grad=False))
         return
     if parameter.is_meta:
-        parameter = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+        parameter = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), requires_grad=False)
         setattr(module, name, parameter)
     parameter.data[target].copy_(tensor)
 
@@ -119,7 +119,7 @@ def put(module: nn.Module, name: str, tensor: Tensor, target: tuple[slice, ...],
 def release(module: nn.Module, name: str) -> None:
     """Give a parameter's memory back; its shape stays known."""
     parameter = getattr(module, name)
-    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False))
 
 
 def _split(part: str) -> tuple[list[str], str]:

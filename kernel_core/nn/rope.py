@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from kernel_core.errors import ConfigError
 from kernel_core.nn.protocols import ModelContext
 
+DEFAULT_THETA = 10000.0
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -26,7 +28,7 @@ class RopeConfig:
     `original_positions`: before its context was extended. `attention_factor` None: the kind's own rule."""
 
     dim: int
-    theta: float = 10000.0
+    theta: float = DEFAULT_THETA
     kind: str = "default"
     max_positions: int = 2048
     original_positions: int = 2048
@@ -56,7 +58,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, layer_type: str | None =
         raise ConfigError(f"config.json asks for rope_type {kind!r}; supported are {sorted(KINDS)}")
     longest = int(config["max_position_embeddings"])
     original = config.get("original_max_position_embeddings") or stated.get("original_max_position_embeddings") or longest
-    theta = stated.get("rope_theta") or config.get("rope_theta") or defaults.pop("theta", RopeConfig.theta)
+    theta = stated.get("rope_theta") or config.get("rope_theta") or defaults.pop("theta", DEFAULT_THETA)
     part = stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     numbers = {name: stated[name] for name in _NUMBERS if stated.get(name) is not None}
     betas = {name: stated[name] for name in ("beta_fast", "beta_slow") if stated.get(name)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +73,12 @@ def allocate_kv(
     if kernels and data.nbytes >= 1 << 21:
         kernels.kc_advise_huge(data.data_ptr(), data.nbytes)
     return KV(data.zero_(), num_blocks, block_size, num_kv_heads, head_dim, v_head_dim, plain=kernels is None)
+
+
+def _lazily_zeroed(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that the system makes page by page when they are first touched: start-up does not wait for a large cache."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape) if size else torch.zeros(shape, dtype=dtype)
 
 
 def kv_page_elements(block_size: int, head_dim: int, v_head_dim: int) -> int:

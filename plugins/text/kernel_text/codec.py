@@ -41,9 +41,14 @@ class Codec:
 
     @cached_property
     def _transformers(self) -> Any:
-        from transformers import AutoTokenizer
-
+        """What renders chat templates. The plain fast class where it is enough: AutoTokenizer imports seconds of other things."""
         try:
+            if (self._path / "tokenizer.json").is_file() and not self._trust_code:
+                from transformers import PreTrainedTokenizerFast
+
+                return PreTrainedTokenizerFast.from_pretrained(str(self._path))
+            from transformers import AutoTokenizer
+
             return AutoTokenizer.from_pretrained(str(self._path), trust_remote_code=self._trust_code)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no tokenizer can be loaded from {self._path}: {error}") from error
