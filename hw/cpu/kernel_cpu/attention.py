@@ -68,11 +68,11 @@ def allocate_kv(
     if dtype not in _DTYPES:
         raise TypeError(f"cache {dtype}: expected bf16 or fp32")
     page = kv_page_elements(block_size, head_dim, v_head_dim)
-    data = torch.empty(num_blocks, num_kv_heads, page, dtype=dtype)
+    data = _lazily_zeroed(num_blocks, num_kv_heads, page, dtype=dtype)
     kernels = build.library()
     if kernels and data.nbytes >= 1 << 21:
         kernels.kc_advise_huge(data.data_ptr(), data.nbytes)
-    return KV(data.zero_(), num_blocks, block_size, num_kv_heads, head_dim, v_head_dim, plain=kernels is None)
+    return KV(data, num_blocks, block_size, num_kv_heads, head_dim, v_head_dim, plain=kernels is None)
 
 
 def _lazily_zeroed(*shape: int, dtype: torch.dtype) -> Tensor:
