@@ -8,7 +8,7 @@ layer exists twice while its weights are laid out. A live update is the same str
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -133,14 +133,14 @@ class WeightLoader:
     """Streams tensors into a model's layers. Keeps the layers it knew before they were wrapped."""
 
     def __init__(self, model: nn.Module, names: NameMap) -> None:
-        self.names, self.wrappers = names, []
+        self.names, self.wrappers, self.complete = names, [], False
         self.layers = {path: m for path, m in model.named_modules() if callable(getattr(m, "finish", None))}
         self.bytes = sum(p.numel() * p.itemsize for p in model.parameters())
 
     def load(self, tensors: Weights) -> None:
         """Load every tensor and finish every layer. The first time all parts must come; later, in a live update, whole
         layers may be left out. Rate: build, update. Raises ConfigError listing what is missing or not expected."""
-        missing = {path: set(getattr(layer, "expected", ())) for path, layer in self.layers.items()}
+        missing = {path: set(_expected(layer)) for path, layer in self.layers.items()}
         own = {path for path, parts in missing.items() if not parts}
         unexpected: list[str] = []
         with _Bar(self.bytes) as bar:
@@ -149,9 +149,11 @@ class WeightLoader:
                 bar(tensor.nbytes)
                 if path is not None and not missing[path] and path not in own:
                     self.layers[path].finish()
-        absent = [f"{path} ({part})" for path, parts in missing.items() for part in sorted(parts)]
+        left_out = {path for path, parts in missing.items() if self.complete and parts == _expected(self.layers[path])}
+        absent = [f"{path} ({part})" for path, parts in missing.items() if path not in left_out for part in sorted(parts)]
         if absent or unexpected:
             raise ConfigError(_mismatch(absent, unexpected))
+        self.complete = True
         self._finish(own)
 
     def _place(self, name: str, tensor: Tensor, missing: dict[str, set[str]], unexpected: list[str]) -> str | None:
@@ -191,9 +193,15 @@ class WeightLoader:
                 ones = name == "weight" and value.dim() == 1
                 value = value.fill_(1) if ones else value.normal_(0, RANDOM_STD, generator=generator)
                 setattr(layer, name, nn.Parameter(value, requires_grad=False))
-            if getattr(layer, "expected", ()):
+            if _expected(layer):
                 layer.finish()
-        self._finish({path for path, layer in self.layers.items() if not getattr(layer, "expected", ())})
+        self.complete = True
+        self._finish({path for path, layer in self.layers.items() if not _expected(layer)})
+
+
+def _expected(layer: nn.Module) -> Set[str]:
+    """The parts that a layer needs; a replaced one may not say."""
+    return getattr(layer, "expected", frozenset())
 
 
 def _mismatch(missing: list[str], unexpected: list[str]) -> str:

@@ -9,7 +9,7 @@ from kernel_core import LLM, SamplingParams
 
 PROMPTS, NEW = prompts(1, 9, 3, 30), 8
 FAST = ("llama", "gemma3", "mixtral")
-BATCHED, CHUNKED = {}, {"max_tokens_per_step": 7}
+BATCHED, CHUNKED = {"kv_blocks": 64}, {"kv_blocks": 64, "max_tokens_per_step": 7}
 PREEMPTED = {"max_model_len": 48, "kv_blocks": 6}  # 5 blocks of 16 tokens: less than the prompts need together
 
 
@@ -29,7 +29,7 @@ def cases():
             yield pytest.param(name, engine, id=f"{name}-{label}", marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name, engine", cases())
+@pytest.mark.parametrize("name, engine", list(cases()))
 def test_greedy_tokens(checkpoint, name: str, engine: dict):
     path, reference = checkpoint(name)
     got, preempted = answers(path, **engine)

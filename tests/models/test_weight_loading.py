@@ -148,6 +148,17 @@ def test_a_live_update_is_the_same_stream_again(tmp_path, checkpoint, packed: bo
     assert packed or not mapped(model.layers[0].mlp.gate_up.weight, "model.safetensors")
 
 
+def test_a_live_update_may_leave_layers_out_but_not_halves_of_them(checkpoint):
+    path, _ = checkpoint("llama")
+    model, tensors = load(path), load_file(Path(path) / "model.safetensors")
+    down = "model.layers.1.mlp.down_proj.weight"
+    model.loader.load([(down, tensors[down] * 0)])
+    assert not model.layers[1].mlp.down.weight.any() and model.layers[0].mlp.down.weight.any()
+    key = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ConfigError, match=r"2 tensors are missing: .*qkv \(q\.weight\), .*qkv \(v\.weight\)"):
+        model.loader.load([(key, tensors[key])])
+
+
 class HalfFormat:
     """Keeps "down" linears as int8."""
 

@@ -33,14 +33,18 @@ def test_messages_arrive_whole_and_in_order(messages):
 
 def test_two_full_pipes_do_not_wait_for_each_other():
     ours, theirs = pair()
-    big = b"x" * (4 << 20)
-    threads = [threading.Thread(target=end.send, args=(RUN, big)) for end in (ours, theirs)]
+    big, received = b"x" * (4 << 20), []
+
+    def exchange(end: Channel) -> None:
+        end.send(RUN, big)
+        received.append(end.receive(60))
+
+    threads = [threading.Thread(target=exchange, args=(end,)) for end in (ours, theirs)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    assert ours.receive(1) == theirs.receive(1) == (RUN, big)
+        thread.join(120)
+    assert received == [(RUN, big)] * 2
 
 
 def test_an_end_that_is_gone_raises_eof_in_receive_and_in_send():
@@ -66,7 +70,7 @@ def process_of(engine: Engine) -> subprocess.Popen:
 
 
 def test_the_engine_overlaps_and_closing_ends_the_process(byte_model):
-    engine = engine_of(byte_model)
+    engine = engine_of(byte_model, plugins={"worker_process": {"close_seconds": 60.0}})
     process = process_of(engine)
     assert type(engine.core.loop).__name__ == "OverlappedLoop"
     engine.add_request("x", "Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))

@@ -8,7 +8,7 @@ from kernel_core.api import BuildContext, Executor, Manifest, Section, hookimpl
 
 
 class WorkerProcessSection(Section):
-    close_seconds: float = Field(5.0, gt=0, description="how long a worker may take to stop before it is killed")
+    close_seconds: float = Field(10.0, gt=0, description="how long a worker may take to stop before it is killed")
 
 
 manifest = Manifest(
