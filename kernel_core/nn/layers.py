@@ -235,8 +235,7 @@ class VocabEmbedding(nn.Module):
         put(self, "weight", tensor[place.source], (place.target,), self.device)
         return [part]
 
-    def finish(self) -> None:
-        self._rows = None
+    def finish(self) -> None: ...
 
     def read_from(self, rows: Callable[[Tensor], Tensor]) -> None:
         """From now on rows are read by `rows` (ids [T] → [T, H]); the plain weight is let go."""

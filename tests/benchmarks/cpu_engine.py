@@ -35,7 +35,8 @@ workloads, processes = _module("workloads"), _module("processes")
 def ours(folder: Path, threads: int) -> Callable[[Requests], float | None]:
     from kernel_core import Engine, SamplingParams
 
-    engine = Engine(model=str(folder), device="cpu", threads=threads, max_model_len=MAX_LEN, plugins={"text": False})
+    only = {"profile": "none", "plugins": {"safetensors": {}}}  # token ids in, token ids out
+    engine = Engine(model=str(folder), device="cpu", threads=threads, max_model_len=MAX_LEN, **only)
     print(engine.summary, file=sys.stderr)
 
     def run(requests: Requests) -> float | None:
@@ -87,7 +88,7 @@ def transformers(folder: Path, threads: int) -> Callable[[Requests], float | Non
 def transformers_continuous(folder: Path, threads: int) -> Callable[[Requests], float | None]:
     from transformers import GenerationConfig
 
-    model = _transformers(folder, threads, attn_implementation="sdpa_paged")
+    model = _transformers(folder, threads)
 
     def run(requests: Requests) -> float | None:
         config = GenerationConfig(

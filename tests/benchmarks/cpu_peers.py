@@ -70,9 +70,11 @@ def run_engine(engine: str, python: str, folder: Path, arguments: argparse.Names
     command = [python, str(Path(__file__).with_name("cpu_engine.py")), engine, str(folder), ",".join(names)]
     command += [str(arguments.threads), str(QUICK if arguments.quick else 1.0), str(DISTURBED), str(ATTEMPTS)]
     start = time.monotonic()
-    done = subprocess.run(
-        command, check=False, stdout=subprocess.PIPE, stderr=None if arguments.verbose else subprocess.PIPE, text=True
-    )
+    errors = None if arguments.verbose else subprocess.PIPE
+    try:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=arguments.limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {arguments.limit:.0f} s (--limit)"}
     if done.returncode:
         lines = (done.stderr or "").strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
@@ -108,6 +110,7 @@ def main() -> int:
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; default all")
     parser.add_argument("--workloads", default="a,b,c,b-busy", help="comma-separated; b-busy is b beside one busy core")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores available")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds that one engine may take (3600)")
     parser.add_argument("--verbose", action="store_true", help="show what the engines say")
     parser.add_argument("--out", type=Path, default=BUILD / "cpu.json")
     arguments = parser.parse_args()

@@ -206,6 +206,15 @@ def test_a_killed_worker_reaches_those_who_await_it(checkpoint):
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+@pytest.fixture
+def interruptible():
+    """A runner in the background may have been started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_call_and_leaves_the_llm_usable(llm, alone):
     timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()

@@ -9,6 +9,7 @@ from kernel_core import LLM, SamplingParams
 
 PROMPTS, NEW = prompts(1, 9, 3, 30), 8
 FAST = ("llama", "gemma3", "mixtral")
+ALL_WINDOWS = ("mistral-window", "phi3")  # they give back what left the window, and so never run short
 BATCHED, CHUNKED = {"kv_blocks": 64}, {"kv_blocks": 64, "max_tokens_per_step": 7}
 PREEMPTED = {"max_model_len": 48, "kv_blocks": 6}  # 5 blocks of 16 tokens: less than the prompts need together
 
@@ -34,4 +35,4 @@ def test_greedy_tokens(checkpoint, name: str, engine: dict):
     path, reference = checkpoint(name)
     got, preempted = answers(path, **engine)
     assert got == [greedy(reference, prompt, NEW) for prompt in PROMPTS]
-    assert (preempted > 0) == (engine is PREEMPTED)
+    assert (preempted > 0) == (engine is PREEMPTED and name not in ALL_WINDOWS)

@@ -60,11 +60,9 @@ def tokenizer():
 
 
 def test_entry_point_module_is_light() -> None:
-    code = "import sys, time; t = time.perf_counter(); import kernel_tiny; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    seconds, torch_loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert float(seconds) < 0.05 and torch_loaded == "False"
+    code = "import sys, kernel_tiny; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_sizes_are_within_limits(checkpoint: Path) -> None:

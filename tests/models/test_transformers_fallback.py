@@ -90,7 +90,7 @@ def test_greedy_tokens_through_the_engine(fallback, name: str):
     for engine in (BATCHED, CHUNKED, PREEMPTED) if name not in FAST else (CHUNKED,):
         got, preempted = answers(path, **engine)
         assert got == want
-        assert (preempted > 0) == (engine is PREEMPTED)
+        assert (preempted > 0) == (engine is PREEMPTED and name != "starcoder2")  # whose layers all have windows
 
 
 def test_layers_are_learnt_from_the_model(fallback):

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-import toy_device
+import worker_device
 from test_speculation import ScriptedDrafter
 from toy_worker import Driver, ToyModel, V, oracle
 
@@ -32,12 +32,12 @@ def toy_model(monkeypatch):
     loading.build_model = lambda family, context, registry: ToyModel()
     monkeypatch.setitem(sys.modules, "kernel_core.nn.loading", loading)
     monkeypatch.setattr("kernel_core.nn.worker.find_family", lambda architecture: architecture)
-    toy_device.made.clear()
+    worker_device.made.clear()
 
 
 def plan_of(**engine) -> ResolvedPlan:
     version = _version("kernel-core")
-    device = PluginEntry("toy", "device", "toy_device", "kernel-core", version, "test")
+    device = PluginEntry("toy", "device", "worker_device", "kernel-core", version, "test")
     return ResolvedPlan(KernelConfig(engine=engine), (), device, None, (), version)
 
 
@@ -66,13 +66,13 @@ def test_a_worker_starts_reports_and_runs():
     with pytest.raises(CapacityError, match="allocate"):
         worker.submit(None)
     worker.allocate(ALLOCATION)
-    context = toy_device.made["context"]
+    context = worker_device.made["context"]
     assert (context.max_slots, context.max_model_len, context.vocab_size, context.dtype) == (8, 64, V, torch.float32)
-    assert (context.rank, context.world_size) == (1, 2) and toy_device.made["rank"] == (1, 2, "worker")
+    assert (context.rank, context.world_size) == (1, 2) and worker_device.made["rank"] == (1, 2, "worker")
     assert drive(worker.submit, report.groups) == oracle([3, 1, 4], 6, SamplingRow(0.0), change=without_zero)
     worker.close()
     worker.close()
-    assert toy_device.made["device"].closed == 1
+    assert worker_device.made["device"].closed == 1
 
 
 def test_calls_are_reached_by_plugin_and_name():
@@ -99,9 +99,9 @@ def test_what_cannot_work_is_refused_at_start(engine, error, words):
 
 
 def test_a_drafter_is_reported_and_trees_need_a_device_that_has_them():
-    toy_device.made["drafter"] = ScriptedDrafter(3, False, "right")
+    worker_device.made["drafter"] = ScriptedDrafter(3, False, "right")
     assert Worker(plan_of(), INFO).start().draft_width == 3
-    toy_device.made["drafter"] = ScriptedDrafter(3, True, "right")
+    worker_device.made["drafter"] = ScriptedDrafter(3, True, "right")
     with pytest.raises(ConfigError, match="tree"):
         Worker(plan_of(), INFO).start()
 
@@ -124,7 +124,7 @@ def test_auto_dtype_is_the_checkpoints_or_the_nearest(stated, has, dtype):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_executor_runs_the_worker(asynchronous):
-    toy_device.made["async"] = asynchronous
+    worker_device.made["async"] = asynchronous
     executor = InProcessExecutor(plan_of(), INFO)
     assert isinstance(executor, Executor)
     report = executor.start()
@@ -149,7 +149,7 @@ def test_an_error_inside_a_step_is_the_engines_death_with_its_cause():
     executor = InProcessExecutor(plan_of(), INFO)
     report = executor.start()
     executor.allocate(ALLOCATION)
-    toy_device.made["transform"].broken = True
+    worker_device.made["transform"].broken = True
     with pytest.raises(EngineDeadError, match="told to break") as caught:
         drive(executor.submit, report.groups)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
