@@ -293,7 +293,7 @@ class Scheduler:
         if self._released or self.slots.last_plan % RETRY_EVERY == 0:
             self.queue.retry()
             self._released = False
-        return self._freeze(self.selector.select(bool(self._flights)))
+        return self._freeze(self.selector.select(any(flight.rows.size for flight in self._flights)))
 
     def _freeze(self, sel: Selection) -> StepPlan:
         """Allocate, advance the bounds, and copy everything that the plan says."""

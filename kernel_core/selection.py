@@ -29,7 +29,7 @@ class Selection:
     counts the blocks that they need, `secured` says which row counted what."""
 
     budget: int
-    inflight: bool  # plans are in flight: their commits may free blocks
+    inflight: bool  # plans with rows are in flight: their commits may free blocks
     taken: list[int]
     long_rows: int = _ANY  # how many more rows may have q > 1
     length: int | None = None  # the q of all rows, where the device allows no mix
