@@ -149,3 +149,21 @@ def test_plan_and_commit_stay_in_their_budget(running, churn, capsys):
     with capsys.disabled():
         print(f"\nplan + commit, {running} running, churn {churn}: {found['plan_commit_ms']} ms (budget {budget})", end=" ")
     assert found["plan_commit_ms"] <= 3 * budget
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_family_whose_shared_prompt_fills_the_pool_gives_it_up_and_ends(depth):
+    allocation = Allocation((2,), 2, 48, 16)  # one block, which holds a whole request
+    groups = (KVGroup("full", 48, 1, ("f",)),)
+    executor = NullExecutor(groups, 100, 48, check_kv=True)
+    executor.allocate(allocation)
+    capabilities = executor.report.capabilities
+    scheduler = Scheduler(EngineConfig(max_tokens_per_step=16), groups, allocation, capabilities, depth=depth)
+    ended = []
+    loop = OverlappedLoop(scheduler, executor, lambda updates: ended.extend(updates.finish[updates.finish > 0]), depth=depth)
+    for i in range(3):
+        scheduler.add(Request(f"c{i}", np.arange(13, dtype=np.int32), SamplingRow(), i, 20, family="c"))
+    for _ in range(200):
+        loop.step()
+    assert [FINISH_REASONS[code] for code in ended] == ["length"] * 3
+    assert scheduler.free_blocks == (1,)
