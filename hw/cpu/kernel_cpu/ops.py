@@ -15,23 +15,27 @@ OWNER = "cpu"
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class PackedLinearOp:
-    """Weights in the kernels' panels; the plain weight is not kept."""
+class PackedProduct:
+    """Multiplies by weights in the kernels' panels; the plain weight is not kept."""
 
     keeps_weight = False
 
-    def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
-        return linear.pack(weight), bias
-
     def __call__(self, x: Tensor, state: tuple[linear.PackedLinear, Tensor | None]) -> Tensor:
         return linear.linear(x, state[0], state[1])
+
+
+class PackedLinearOp(PackedProduct):
+    """bf16 or fp32 weights as they are. An embedding tied to them reads its rows from the panels."""
+
+    def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
+        return linear.pack(weight), bias
 
     def rows(self, state: tuple[linear.PackedLinear, Tensor | None], ids: Tensor) -> Tensor:
         return linear.unpack_rows(state[0], ids)
 
 
-class Int8LinearOp(PackedLinearOp):
-    """Weight-only int8, packed likewise."""
+class Int8LinearOp(PackedProduct):
+    """Weight-only int8. Its rows cannot be read back, so a tied embedding keeps the plain weight."""
 
     def prepare(self, weight: Tensor, bias: Tensor | None) -> tuple[linear.PackedLinear, Tensor | None]:
         return linear.pack_int8(weight), bias
