@@ -212,8 +212,9 @@ class Capabilities:
 class WorkerReport:
     """Sent by the executor after the weights are loaded, before KV is allocated.
 
-    `kv_budget_bytes` is what one rank may spend on KV; `draft_width` the most drafts a row may carry; `memory` states the
-    split in bytes (weights, activations, KV budget, ...); `timings` the seconds of each start phase."""
+    `kv_budget_bytes` is what one rank may spend on KV; `draft_width` the most drafts a row may carry, `draft_ahead` how many
+    positions beyond those of a plan the drafter's own layers write, `lookback` how many positions of a prefix hit it needs computed
+    again; `memory` states the split in bytes (weights, activations, KV budget, ...); `timings` the seconds of each start phase."""
 
     groups: tuple[KVGroup, ...]
     kv_budget_bytes: int
@@ -221,6 +222,8 @@ class WorkerReport:
     vocab_size: int
     max_model_len: int  # what the model was made for
     draft_width: int = 0
+    draft_ahead: int = 0
+    lookback: int = 0
     drafter_needs_host: bool = False
     memory: Mapping[str, int] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -235,3 +238,5 @@ class Allocation:
     max_model_len: int
     max_tokens_per_step: int
     draft_width: int = 0
+    draft_ahead: int = 0
+    lookback: int = 0

@@ -65,8 +65,8 @@ def layout(plan: StepPlan) -> Layout:
 class Step:
     """One step on the device: the view plugins see, the groups' attention inputs, and what verification needs.
 
-    `known`, `computed` [R] are the counts before the step; `parents` [R, m]; `path` [R, m, m] bool: draft a is draft d or
-    before it on its path; `logits_token` [N]."""
+    `known`, `computed` [R] are the counts before the step, `write_from` [R] the plan's; `parents` [R, m]; `path` [R, m, m]
+    bool: draft a is draft d or before it on its path; `logits_token` [N]."""
 
     plan: StepPlan
     layout: Layout
@@ -75,6 +75,7 @@ class Step:
     known: Tensor
     computed: Tensor
     room: Tensor
+    write_from: Tensor
     parents: Tensor
     path: Tensor
     logits_token: Tensor
@@ -126,7 +127,8 @@ class StepInputBuilder:
         token_ids, positions, absent = self._tokens(on, shape, known, computed, drafts, path)
         view = self._view(on, shape, known, computed, token_ids, positions, drafts, path)
         batches = self._attention(plan, on, shape, view, computed, absent, path)
-        return Step(plan, shape, view, batches, known, computed, on["room"], parents, path, on["logits_token"])
+        counts = (known, computed, on["room"], on["write_from"])
+        return Step(plan, shape, view, batches, *counts, parents, path, on["logits_token"])
 
     def _upload(self, plan: StepPlan, shape: Layout) -> dict[str, Tensor]:
         names = ("q_start", "row", "index", "draft", "logits_row", "logits_slot", "logits_draft", "logits_token")
@@ -230,10 +232,14 @@ class StepInputBuilder:
 
 
 def _near(sees: Tensor | None, view: StepView, on: dict[str, Tensor], window: int | None) -> Tensor | None:
-    """A window is counted in logical positions, which differ from places where drafts branch."""
     if sees is None or window is None:
         return sees
+    return within_window(sees, view.positions[0], on["q_start"], on["row"], window)
+
+
+def within_window(sees: Tensor, position: Tensor, q_start: Tensor, row: Tensor, window: int) -> Tensor:
+    """A tree mask [T, W] narrowed to a window, which is counted in logical positions [T]: where drafts branch these differ
+    from places. q_start [R + 1], row [T] int64."""
     other = torch.arange(sees.shape[1], device=sees.device)[None, :]
-    position = view.positions[0]
-    token = (on["q_start"][on["row"]][:, None] + other).clamp_(max=len(position) - 1)
+    token = (q_start[row][:, None] + other).clamp_(max=len(position) - 1)
     return sees & (position[:, None] - position[token] < window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class KVStore:
         self.specs = {spec.layer: spec for spec in specs}
         self.backends = {spec.layer: choose(spec) for spec in specs}
         self.kv: dict[str, Any] = {}
+        self._shared: dict[frozenset[str], list[list[list[str]]]] = {}
         for group, blocks in zip(groups, num_blocks, strict=True):
             for layer in group.layers:
                 self.kv[layer] = self._allocate(layer, dtype, group.block_size, blocks)
@@ -98,17 +99,29 @@ class KVStore:
                 f"cannot allocate {blocks} KV blocks of layer {layer}: {error}; lower engine.kv_memory"
             ) from error
 
-    def plans(self, batches: Sequence[AttentionBatch]) -> Mapping[str, Any]:
-        """The step's attention plan of every layer; layers of one group and backend share one. Rate: step."""
+    def plans(self, batches: Sequence[AttentionBatch | None], only: Set[str]) -> dict[str, Any]:
+        """The attention plans of some layers, by layer; those of one group and backend share one. A batch per group, None
+        where the group has none of these layers. Rate: step."""
         plans: dict[str, Any] = {}
-        for group, batch in zip(self.groups, batches, strict=True):
-            shared: dict[int, list[str]] = {}
-            for layer in group.layers:
-                shared.setdefault(id(self.backends[layer]), []).append(layer)
-            for layers in shared.values():
+        for members, batch in zip(self._members(frozenset(only)), batches, strict=True):
+            for layers in members:
+                assert batch is not None
                 plan = self.backends[layers[0]].plan(batch, [self.specs[layer] for layer in layers])
                 plans.update(dict.fromkeys(layers, plan))
         return plans
+
+    def _members(self, only: frozenset[str]) -> list[list[list[str]]]:
+        """Per group, these layers by backend."""
+        if only not in self._shared:
+            groups = []
+            for group in self.groups:
+                by_backend: dict[int, list[str]] = {}
+                for layer in group.layers:
+                    if layer in only:
+                        by_backend.setdefault(id(self.backends[layer]), []).append(layer)
+                groups.append(list(by_backend.values()))
+            self._shared[only] = groups
+        return self._shared[only]
 
     def copy(self, group: int, src: Tensor, dst: Tensor) -> None:
         """Copy single tokens (int64 [n] slots) in all layers of a group."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import numpy as np
 
 from kernel_core.nn.inputs import Layout
 from kernel_core.nn.logprobs import LogprobColumns
+from kernel_core.nn.protocols import DraftOutcome
 from kernel_core.nn.transfer import Download
 from kernel_core.plan import Ack, Logprobs, StepPlan, StepResult
 
@@ -27,6 +29,8 @@ class Pending:
     acks: tuple[Ack, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     settle: Callable[[Pending], None] | None = None
+    observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
+    started: float = 0.0
     arrays: dict[str, np.ndarray] | None = None
 
     def wait(self) -> dict[str, np.ndarray]:
@@ -45,6 +49,8 @@ class Pending:
             return StepResult(self.plan.plan_id, empty, nothing, empty, empty, empty, empty, acks=self.acks, timings=self.timings)
         tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
         count, accepted, drafted, computed, drafts = numbers
+        if self.observe is not None:
+            self.observe(self._outcome(drafted, accepted))
         kept = np.arange(tokens.shape[1]) < count[:, None]
         slots = self.plan.rows
         return StepResult(
@@ -61,6 +67,12 @@ class Pending:
             failed=tuple((int(slots[r]), UNUSABLE) for r in np.flatnonzero(bad)),
             timings=self.timings,
         )
+
+    def _outcome(self, drafted: np.ndarray, accepted: np.ndarray) -> DraftOutcome:
+        plan = self.plan
+        decode_only = bool((plan.q == plan.room).all() and (plan.room > 0).all())
+        seconds = perf_counter() - self.started
+        return DraftOutcome(plan.rows.astype(np.int64), drafted, accepted, int(plan.q.sum()), decode_only, seconds)
 
     def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
         """Those of the places that the accepted path went through, in path order."""

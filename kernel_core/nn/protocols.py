@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernel_core.config import KernelConfig
 from kernel_core.contexts import BuildContext, ModelInfo
+from kernel_core.manifest import ModelFamily
 from kernel_core.plan import Allocation, Capabilities, Opened, StepPlan, StepResult, WorkerReport
 
 # ---- attention and KV --------------------------------------------------------------------------------------------
@@ -285,26 +286,104 @@ class StepInputs(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a drafter with layers of its own is built from, once the target model is loaded.
+
+    `info` describes the target's checkpoint; `context` is what families build with (ops, attention, dtype, device), `info`
+    of it the target's. `embed` [..] → [.., H] and `logits` [N, H] → [N, V] are the target's own, weights shared."""
+
+    info: ModelInfo
+    context: ModelContext
+    embed: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+    find: Callable[[str], ModelInfo]
+    """Directory, hub id or embedded name → its ModelInfo. Raises ConfigError."""
+    load: Callable[[ModelInfo, ModelFamily | None], nn.Module]
+    """Build and load a checkpoint with a family (None: by its architecture), weight formats included, wrappers not. Its
+    attention layers get KV of their own. Raises ConfigError."""
+
+
+@dataclass(slots=True)
+class DraftBatch:
+    """One pass of a drafter's own layers, N tokens. `forward` is the module's argument: token ids, positions (logical, of
+    each token), KV, attention plans of the drafter's layers. `row` [N] is the row of each token, `last` [R] the index of each
+    row's last token that counts. `source` [N] is the index into the step's T tokens of the target state at the position
+    before the token (a row's first token may have none: its own index then; its KV slot is never read, see `first_slot`)."""
+
+    forward: Forward
+    row: Tensor
+    last: Tensor
+    source: Tensor
+
+
 @dataclass(slots=True)
 class DraftView:
-    """What a drafter sees after verification. `taps` [T, H] are the states it declared. `advance(tokens [R])` runs one more
-    single-token pass of the drafter's own layers at the next position and returns its hidden states."""
+    """What a drafter sees after verification. T tokens of the step, R rows, `known` [R] counts after it.
+
+    `hidden` [T, H] are the target's final states, `taps` [T, H] the states the drafter declared, `path` [R, 1 + m] the
+    indices into T of the row's last known token and its accepted drafts in order, padded with the last of them."""
 
     step: StepView
     accepted: Tensor  # [R] int32 accepted drafts; the row's new last token is history[slot, known - 1]
     last_token: Tensor  # [R] int64
     hidden: Tensor  # [T, H]
     taps: Mapping[str, Tensor]
-    wanted: Tensor  # [R] int32 how many drafts the next plan has room for
+    wanted: Tensor  # [R] int32 how many drafts the next plan has room for; 0: nothing is sampled for the row yet
+    known: Tensor  # [R] int32 tokens known after the step
+    path: Tensor  # [R, 1 + m] int64
+    host_slots: np.ndarray  # [R] the rows' slots on the host
+    host_sampled: np.ndarray  # [R] bool: which rows sampled
+    passes: DraftPasses | None = None  # for drafters with layers of their own
+
+
+class DraftPasses(Protocol):
+    """Makes the batches for passes of a drafter's own layers: KV goes to the row's own blocks, shared and missing ones are
+    never written. All functional, device. `DraftView.passes`."""
+
+    def catch_up(self, shift: int) -> DraftBatch:
+        """The pass over what the step computed, in which no KV is left out. shift 1: for every step token that counts, the
+        token after it (layers that store (state i - 1, token i) in slot i, first_slot = 1). shift 0: those tokens themselves
+        and the one after the last (layers of an ordinary model). Rejected and absent drafts write nothing."""
+        ...
+
+    def advance(self, tokens: Tensor, number: int) -> DraftBatch:
+        """One token a row [R]: draft `number` (0, 1, ...) of a chain, after those before it. `source` is empty."""
+        ...
+
+    def expand(self, tokens: Tensor, parents: Tensor) -> DraftBatch:
+        """All n nodes of a tree at once, [R, n] tokens (-1 absent) and parents (index of an earlier node, -1: the last known
+        token), each seeing the known tokens and its own path. Flat order row by row. `source` is empty."""
+        ...
+
+    def draw(self, logits: Tensor, number: int | Tensor) -> Tensor:
+        """Logits [R, V] → tokens [R] int64: what each row's own draw (temperature and random function; greedy: argmax) takes
+        for the token at draft place `number`, [R] or one for all. So that sampled requests agree with their drafts more often."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOutcome:
+    """How a step went, when its result has reached the host. Rows as in the plan; `drafted`, `accepted` [R] int32."""
+
+    slots: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
+    tokens: int  # tokens that the step computed, drafts included
+    decode_only: bool  # every row had exactly one token that is no draft
+    seconds: float  # from the start of the step to its result
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes drafts; may change speed, never output. Called on every step, also when nobody wants drafts."""
+    """Proposes drafts; may change speed, never output. Called on every step, also when nobody wants drafts.
+
+    How many drafts it returns for a row decides how many the next plan makes room for: returning none turns drafting off for
+    that row, at no cost, until it returns some again. `kernel_core.nn.api.DraftLength` decides that from what was measured."""
 
     width: int  # most drafts a row
     taps: tuple[str, ...]
-    lookback: int
+    lookback: int  # target states needed before the first new token; after a prefix hit that many tokens are computed again
     needs_host: bool
     tree: bool  # False: parents are always the chain's (j - 1)
 
@@ -313,6 +392,23 @@ class Drafter(Protocol):
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1; always
         smaller than j), count [R] int32."""
+        ...
+
+    def observe(self, outcome: DraftOutcome) -> None:
+        """Host. Rate: step, in order of the steps, possibly some steps late."""
+        ...
+
+
+@runtime_checkable
+class LayeredDrafter(Drafter, Protocol):
+    """A drafter with layers of its own: their attention joins the target's KV groups of the same kind and window, so that a
+    prefix hit covers both; what a layer stores at slot i may depend on tokens up to i only."""
+
+    ahead: int  # KV positions beyond those of the plan that its passes write in the same step (chain of m: m; n nodes: n + 1)
+
+    def build(self, target: Target) -> nn.Module:
+        """Build and load the layers, on the target's device. Rate: build, once, after the target is loaded and before memory is
+        measured. Raises ConfigError when head and target do not fit."""
         ...
 
 

@@ -19,12 +19,12 @@ KINDS = ("full", "window")
 
 @dataclass(slots=True)
 class RowPlan:
-    """One row: its tokens [begin, end) of the step, the cache slots it reads, and the masks by causality [q, keys]."""
+    """One row: its tokens [begin, end) of the step, the cache slots it reads, and the masks [q, keys] by (causal, first slot)."""
 
     begin: int
     end: int
     slots: Tensor
-    mask: dict[bool, Tensor]
+    mask: dict[tuple[bool, int], Tensor]
 
 
 @dataclass(slots=True)
@@ -60,9 +60,9 @@ class ReferenceAttention:
         written = (batch.slot_mapping >= 0).nonzero().flatten()
         plan = ReferencePlan(written, batch.slot_mapping[written])
         starts, lengths = batch.q_start.tolist(), batch.kv_len.tolist()
-        causal = {spec.causal for spec in specs}
+        kinds = {(spec.causal, spec.first_slot) for spec in specs}
         for row, length in enumerate(lengths):
-            plan.rows.append(_plan_row(batch, row, starts[row], starts[row + 1], length, specs[0].window, causal))
+            plan.rows.append(_plan_row(batch, row, starts[row], starts[row + 1], length, specs[0].window, kinds))
         return plan
 
     def forward(
@@ -80,7 +80,7 @@ class ReferenceAttention:
         values[plan.slots] = v[plan.written].to(values.dtype)
         out = q.new_empty(q.shape[0], spec.num_heads, spec.v_head_dim)
         for row in plan.rows:
-            mask = row.mask[spec.causal]
+            mask = row.mask[spec.causal, spec.first_slot]
             out[row.begin : row.end] = attend(q[row.begin : row.end], keys[row.slots], values[row.slots], mask, spec, sinks)
         return out
 
@@ -90,7 +90,7 @@ class ReferenceAttention:
 
 
 def _plan_row(
-    batch: AttentionBatch, row: int, begin: int, end: int, length: int, window: int | None, causal: set[bool]
+    batch: AttentionBatch, row: int, begin: int, end: int, length: int, window: int | None, kinds: set[tuple[bool, int]]
 ) -> RowPlan:
     """Cache slots of the positions that some query of the row may see, and who sees which."""
     device = batch.block_table.device
@@ -107,7 +107,7 @@ def _plan_row(
         seen[:, context - first :] = batch.tree[begin:end, : end - begin]
         near[:, context - first :] = True
     masks = {True: seen & near, False: near}
-    return RowPlan(begin, end, slots, {c: masks[c] for c in causal})
+    return RowPlan(begin, end, slots, {kind: masks[kind[0]] & (key >= kind[1]) for kind in kinds})
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:

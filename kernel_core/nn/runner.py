@@ -22,6 +22,7 @@ from kernel_core.errors import ConfigError, PluginError
 from kernel_core.nn.inputs import Layout, Step, StepInputBuilder
 from kernel_core.nn.kv import KVStore
 from kernel_core.nn.logprobs import LogprobColumns, prompt_logprobs
+from kernel_core.nn.passes import DraftLayers
 from kernel_core.nn.pending import Pending
 from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, Model, StepInputs
 from kernel_core.nn.sampler import Sampled, Sampler
@@ -55,6 +56,7 @@ class Runner:
         transforms: Sequence[LogitsTransform] = (),
         step_inputs: Sequence[StepInputs] = (),
         drafter: Drafter | None = None,
+        draft_layers: frozenset[str] = frozenset(),
         jobs: Jobs | None = None,
         parts: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
@@ -63,7 +65,8 @@ class Runner:
         self.model, self.kv, self.device, self.vocab_size = model, kv, kv.device, vocab_size
         self.slots = SlotTable(slots, length, width, self.device)
         block_size = kv.groups[0].block_size if kv.groups else 1
-        self.tables = parts["block_tables"](len(kv.groups), slots, length + width, block_size, self.device)
+        most = length + max(width, allocation.draft_ahead)
+        self.tables = parts["block_tables"](len(kv.groups), slots, most, block_size, self.device)
         self.tree = bool(drafter and drafter.tree)
         self.inputs = parts["step_inputs"](self.slots, self.tables, kv.groups, self.tree)
         self.graphs = parts["graphs"](model)
@@ -71,6 +74,8 @@ class Runner:
         self.mode, self.drafter, self.jobs = logprobs_mode, drafter, jobs or {}
         self.transforms = Transforms(transforms, slots, width, vocab_size)
         self.step_inputs = _owned(step_inputs)
+        self.layers = frozenset(kv.specs) - draft_layers  # the model's own
+        self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
 
     # ---- the step
@@ -97,6 +102,8 @@ class Runner:
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
         pending = Pending(plan, step.layout, download, logprobs, prompt, acks, clock.done(), self.settle)
+        if self.drafter is not None:
+            pending.observe, pending.started = self.drafter.observe, clock.started
         if self.transforms.has_host:
             self._unsettled.append(pending)
         return pending
@@ -165,7 +172,7 @@ class Runner:
             token_ids=step.view.token_ids,
             positions=positions[0] if positions.dim() == 2 and len(positions) == 1 else positions,
             kv=self.kv.kv,
-            attention=self.kv.plans(step.attention),
+            attention=self.kv.plans(step.attention, self.layers),
             inputs=named,
         )
 
@@ -231,16 +238,31 @@ class Runner:
         """Ask the drafter, keep what it says in the slots → drafts waiting per row."""
         if self.drafter is None:
             return None
-        rows, known = step.view.rows, self.slots.known[step.view.rows]
-        last = self.slots.tokens[rows, known.long() - 1].long()
-        wanted = (self.slots.max_len - known - 1).clamp(0, self.slots.draft_width) * (step.room > 0)
-        view = DraftView(step.view, verified.accepted.int(), last, hidden, taps, wanted.int())
+        rows, view = step.view.rows, self._draft_view(step, verified, hidden, taps)
         tokens, parents, count = self.drafter.propose(view)
         number = torch.arange(self.slots.draft_width, device=self.device)
-        live = (number < count[:, None]) & (number < wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
+        live = (number < count[:, None]) & (number < view.wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
         self.slots.drafts[rows] = torch.where(live, tokens, -1)
         self.slots.parents[rows] = parents.int() if self.tree else self.slots.chain
-        return live.sum(-1)
+        return torch.where(live, number + 1, 0).amax(-1) if self.slots.draft_width else live.sum(-1)
+
+    def _draft_view(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> DraftView:
+        rows, accepted = step.view.rows, verified.accepted
+        known = self.slots.known[rows]
+        path = _states_of_path(step, verified)
+        return DraftView(
+            step.view,
+            accepted.int(),
+            last_token=self.slots.tokens[rows, known.long() - 1].long(),
+            hidden=hidden,
+            taps=taps,
+            wanted=((self.slots.max_len - known - 1).clamp(0, self.slots.draft_width) * (step.room > 0)).int(),
+            known=known,
+            path=path,
+            host_slots=np.asarray(step.plan.rows, np.int64),
+            host_sampled=np.asarray(step.plan.room) > 0,
+            passes=self.draft_layers.passes(step, accepted, path),
+        )
 
     def _report(
         self, step: Step, verified: Verified, waiting: Tensor | None, sampled: Sampled | None, prompt: LogprobColumns | None
@@ -260,6 +282,15 @@ class Runner:
         if self.transforms.has_host:
             out |= {"drafts": self.slots.drafts[rows], "parents": self.slots.parents[rows]}
         return out
+
+
+def _states_of_path(step: Step, verified: Verified) -> Tensor:
+    """[R, 1 + m]: where in the step's tokens each row's last known token and its accepted drafts are, in order."""
+    settled = torch.where(step.room > 0, step.known - step.computed, step.view.lens - step.computed)
+    base = step.view.q_start[:-1].long() + settled - 1
+    order = torch.cat([torch.zeros_like(base)[:, None], verified.path + 1], 1)
+    number = torch.arange(order.shape[1], device=order.device)
+    return base[:, None] + order.gather(1, torch.minimum(number, verified.accepted[:, None]))
 
 
 def _path_order(path: Tensor) -> Tensor:
@@ -291,7 +322,7 @@ class _Clock:
     """Host seconds of the phases of a step; on a device that runs by itself, the seconds of launching them."""
 
     def __init__(self) -> None:
-        self._start = self._last = perf_counter()
+        self.started = self._last = perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
@@ -299,4 +330,4 @@ class _Clock:
         self._laps[name], self._last = now - self._last, now
 
     def done(self) -> dict[str, float]:
-        return {**self._laps, "total": perf_counter() - self._start}
+        return {**self._laps, "total": perf_counter() - self.started}

@@ -7,18 +7,20 @@ an engine, in whatever process, comes out the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from kernel_core.checkpoints import find_checkpoint
 from kernel_core.contexts import BuildContext, ModelInfo
 from kernel_core.errors import CapacityError, ConfigError, PluginError
+from kernel_core.manifest import ModelFamily
 from kernel_core.nn.kv import AttentionChoice, KVStore, attention_specs, choose_block_size, kv_groups
 from kernel_core.nn.memory import activation_bytes, split_memory, weight_bytes
-from kernel_core.nn.protocols import Device, Drafter, ModelContext, WorkerContext
+from kernel_core.nn.protocols import AttentionSpec, Device, Drafter, LayeredDrafter, ModelContext, Target, WorkerContext
 from kernel_core.nn.reference_attention import ReferenceAttention
 from kernel_core.nn.runner import Pending, Runner
 from kernel_core.plan import Allocation, Capabilities, StepPlan, StepResult, WorkerReport
@@ -63,6 +65,7 @@ class Worker:
         if self.drafter and self.drafter.tree and not self.capabilities.tree_attention:
             raise ConfigError("the drafter drafts trees, and this device has no tree attention: draft chains")
         self.model = self._timed("model", self._build_model)
+        self.draft_model = self._timed("drafter", self._build_drafter) if self.drafter else None
         self._register_calls()
         return self._report()
 
@@ -81,7 +84,7 @@ class Worker:
         offered = [b for _, backends in self.registry.call("make_attention", self.context) for b in backends]
         reference = ReferenceAttention(self.device.torch_device)
         self.attention = AttentionChoice([*offered, reference], self.dtype, self.block_size)
-        context = ModelContext(
+        self.model_context = ModelContext(
             info=self.info,
             config=self.plan.config,
             dtype=self.dtype,
@@ -92,10 +95,40 @@ class Worker:
             world_size=self.world_size,
             taps=tuple(self.drafter.taps) if self.drafter else (),
         )
-        return build_model(find_family(self.info.architecture), context, _WorkerHooks(self.registry, self.context))
+        return build_model(find_family(self.info.architecture), self.model_context, _WorkerHooks(self.registry, self.context))
+
+    def _build_drafter(self) -> torch.nn.Module | None:
+        """The drafter's own layers, under paths of their own, so that they join the target's KV groups."""
+        if not isinstance(self.drafter, LayeredDrafter):
+            return None
+        module = self.drafter.build(
+            Target(self.info, self.model_context, self.model.embed, self.model.logits, self._find, self._load_for_drafter)
+        )
+        for layer in module.modules():
+            if isinstance(getattr(layer, "spec", None), AttentionSpec):
+                layer.spec = replace(layer.spec, layer=f"drafter.{layer.spec.layer}")
+        return module
+
+    def _find(self, name: str) -> ModelInfo:
+        path = str(find_checkpoint(name))
+        formats = [made for _, made in self.registry.call("make_checkpoint")]
+        found = next((made for made in formats if made.recognises(path)), None)
+        if found is None:
+            raise ConfigError(f"no enabled plugin reads the checkpoint {path} (formats: {[made.format for made in formats]})")
+        return found.inspect(path)
+
+    def _load_for_drafter(self, info: ModelInfo, family: ModelFamily | None) -> torch.nn.Module:
+        from kernel_core.nn.loading import build_model
+
+        context = replace(self.model_context, info=info, taps=())
+        hooks = _WorkerHooks(self.registry, self.context, wraps=False)
+        return build_model(family or find_family(info.architecture), context, hooks)
 
     def _report(self) -> WorkerReport:
         specs = attention_specs(self.model)
+        own = attention_specs(self.draft_model) if self.draft_model is not None else []
+        self.draft_layers = frozenset(spec.layer for spec in own)
+        specs += own
         unknown = {spec.kind for spec in specs} - set(self.capabilities.attention_kinds)
         if unknown:
             raise ConfigError(f"the model has {sorted(unknown)} attention, the device {self.capabilities.attention_kinds}")
@@ -104,7 +137,8 @@ class Worker:
         width = self.drafter.width if self.drafter else 0
         rows = self.engine.max_requests * (1 + width)
         activations = activation_bytes(self.model, self.dtype, self.engine.max_tokens_per_step, rows, self.vocab_size)
-        self.memory = split_memory(self.engine, self.device.memory(), weight_bytes(self.model), activations)
+        weights = weight_bytes(self.model) + (weight_bytes(self.draft_model) if self.draft_model is not None else 0)
+        self.memory = split_memory(self.engine, self.device.memory(), weights, activations)
         return WorkerReport(
             groups=self.groups,
             kv_budget_bytes=self.memory.kv,
@@ -112,6 +146,8 @@ class Worker:
             vocab_size=self.vocab_size,
             max_model_len=self.made_for,
             draft_width=width,
+            draft_ahead=self.drafter.ahead if isinstance(self.drafter, LayeredDrafter) else 0,
+            lookback=self.drafter.lookback if self.drafter else 0,
             drafter_needs_host=bool(self.drafter and self.drafter.needs_host),
             memory=self.memory.as_mapping(),
             timings=dict(self._timings),
@@ -133,6 +169,7 @@ class Worker:
             transforms=transforms,
             step_inputs=[made for _, made in self._all("make_step_inputs")],
             drafter=self.drafter,
+            draft_layers=self.draft_layers,
             jobs={name.removesuffix("." + JOB): call for name, call in self._calls.items() if name.endswith("." + JOB)},
             parts=self.device.runner_parts(),
         )
@@ -157,7 +194,7 @@ class Worker:
     def close(self) -> None:
         """Let go of model, KV and device; idempotent."""
         self.runner = self.drafter = None
-        self.model = None
+        self.model = self.draft_model = None
         registry, device = self.registry, self.device
         self.registry = self.device = None
         try:
@@ -213,15 +250,15 @@ class Worker:
 class _WorkerHooks:
     """The registry as the loader uses it: hooks get worker contexts."""
 
-    def __init__(self, registry: Registry, context: Callable[[str], WorkerContext]) -> None:
-        self._registry, self._context = registry, context
+    def __init__(self, registry: Registry, context: Callable[[str], WorkerContext], wraps: bool = True) -> None:
+        self._registry, self._context, self._wraps = registry, context, wraps
 
     def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
         return self._registry.call(hook, self._context, **arguments)
 
     def chain(self, hook: str) -> list[Callable[..., Any]]:
         """Each plugin's implementation with its own context, in order; for callers that thread a value through."""
-        found = self._registry.hooks(hook)
+        found = self._registry.hooks(hook) if self._wraps else {}
         return [partial(implementation, context=self._context(plugin)) for plugin, implementation in found.items()]
 
 

@@ -88,14 +88,17 @@ class ToyModel(nn.Module):
         return self.head(x).numpy()
 
 
-def make_runner(model=None, *, slots=8, width=0, blocks=200, dtype=torch.float32, **parts) -> Runner:
+def make_runner(model=None, *, slots=8, width=0, ahead=0, blocks=200, dtype=torch.float32, layers=None, **parts) -> Runner:
+    """`layers`: the module with a drafter's own layers."""
     model = model or ToyModel()
     choose = AttentionChoice([ReferenceAttention()], dtype, BLOCK)
-    specs = attention_specs(model)
+    own = attention_specs(layers) if layers is not None else []
+    specs = attention_specs(model) + own
     groups = kv_groups(specs, choose, dtype, BLOCK)
     kv = KVStore(specs, groups, [blocks] * len(groups), choose, dtype, CPU)
-    allocation = Allocation((blocks,) * len(groups), slots, MAX_LEN, 2048, width)
-    return Runner(model, kv, allocation, vocab_size=V, **parts)
+    allocation = Allocation((blocks,) * len(groups), slots, MAX_LEN, 2048, width, ahead)
+    names = frozenset(spec.layer for spec in own)
+    return Runner(model, kv, allocation, vocab_size=V, draft_layers=names, **parts)
 
 
 @dataclass
@@ -128,8 +131,8 @@ class Toy:
 class Driver:
     """The scheduler's part in the smallest form: bounds, room, blocks one after the other. `depth` plans in flight."""
 
-    def __init__(self, runner: Runner, *, chunk=1000, width=0, depth=1):
-        self.runner, self.chunk, self.width, self.depth = runner, chunk, width, depth
+    def __init__(self, runner: Runner, *, chunk=1000, width=0, depth=1, ahead=0):
+        self.runner, self.chunk, self.width, self.depth, self.ahead = runner, chunk, width, depth, ahead
         self.requests: list[Toy] = []
         self.opening: list[Opened] = []
         self.closing: list[int] = []
@@ -159,7 +162,7 @@ class Driver:
             take = min(behind, self.chunk)
             room = 0 if take < behind else min(1 + (self.width if toy.bound > len(toy.prompt) else 0), max_len - toy.bound)
             rows.append((toy, toy.computed, take + max(room - 1, 0), room))
-        updates = self.grow([(toy, start + q) for toy, start, q, _ in rows])
+        updates = self.grow([(toy, start + q + self.ahead) for toy, start, q, _ in rows])
         column = lambda i: np.array([r[i] for r in rows], np.int32)  # noqa: E731
         plan = StepPlan(
             self.plan_id,

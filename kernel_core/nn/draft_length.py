@@ -1,0 +1,129 @@
+"""How many drafts pay: measured acceptance against measured step times.
+
+A step of n rows that verifies d drafts takes about c0 + c1 d seconds (fitted per number of rows, with forgetting) and gives
+n + sum over rows of (a + a^2 + ... + a^k) tokens, a being the row's acceptance. A row's k-th draft raises tokens per second
+exactly if a^k > c1 * (tokens / seconds) of the step, so drafts are added while that holds. Now and then, ever more rarely, a
+step goes the other way, with no drafts or with a few, so that both costs stay measured.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernel_core.nn.protocols import DraftOutcome
+
+PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
+PROBE_ROWS = 4  # of them draft in such a step
+FIRST = 3  # steps of each kind before anything is decided
+FORGET = 0.95  # weight of what was measured, with each newer measurement
+ROUNDS = 4  # the threshold depends on the choice and is found by iteration
+PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
+
+
+class StepCost:
+    """seconds = c0 + c1 * drafts of the steps with about the same number of rows: least squares with forgetting."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros(5)  # of 1, d, d^2, t, d t
+        self.plain = self.drafting = 0  # steps measured without and with drafts
+        self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
+
+    def probes(self, on: bool) -> bool:
+        """Is it time to measure the other way? `on`: drafts are in use."""
+        if on is not self.on:
+            self.on, self.since, self.interval = on, 0, PROBE_AFTER
+        self.since += 1
+        if self.since < self.interval:
+            return False
+        self.since, self.interval = 0, min(2 * self.interval, PROBE_AT_LEAST)
+        return True
+
+    def add(self, drafts: int, seconds: float) -> None:
+        if self.plain + self.drafting > 2 * FIRST:
+            seconds = min(seconds, 4 * self.predict(drafts))  # a disturbed step says little
+        self.sums = self.sums * FORGET + np.array([1, drafts, drafts**2, seconds, drafts * seconds])
+        if drafts:
+            self.drafting += 1
+        else:
+            self.plain += 1
+
+    def line(self) -> tuple[float, float]:
+        """(c0, c1), neither negative."""
+        n, d, dd, t, dt = self.sums
+        spread = n * dd - d * d
+        slope = max((n * dt - d * t) / spread, 0.0) if spread > 1e-9 * max(n * dd, 1.0) else 0.0
+        return max((t - slope * d) / n, 1e-9), slope
+
+    def predict(self, drafts: int) -> float:
+        fixed, each = self.line()
+        return fixed + each * drafts
+
+
+class DraftLength:
+    """Decides the number of drafts per row, for a drafter of up to `width` drafts. Host; every method once per step or request.
+
+    `tree`: drafts branch, so a row gets all or none."""
+
+    def __init__(self, width: int, max_slots: int, tree: bool = False) -> None:
+        self.width, self.tree = width, tree
+        self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
+        self.overall = np.array(PRIOR)
+        self.costs: dict[int, StepCost] = {}
+        self.turn = 0
+
+    def opened(self, slot: int) -> None:
+        """A request takes the slot: it starts from the average of those before it."""
+        share = self.overall[0] / self.overall[1]
+        self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
+
+    def observe(self, outcome: DraftOutcome) -> None:
+        """Learn from a step; see `Drafter.observe`."""
+        tried = np.minimum(outcome.accepted + 1, outcome.drafted)  # drafts behind a rejected one were not decided
+        drafted = outcome.drafted > 0
+        if self.tree:
+            tried = drafted.astype(np.int64)  # a tree is one draft that gives as many tokens as were accepted
+        slots = outcome.slots[drafted]
+        self.accepted[slots] = FORGET * self.accepted[slots] + outcome.accepted[drafted]
+        self.drafted[slots] = FORGET * self.drafted[slots] + tried[drafted]
+        self.overall = 0.99 * self.overall + (outcome.accepted.sum(), tried.sum())
+        if outcome.decode_only:
+            self._cost(len(outcome.slots)).add(int(outcome.drafted.sum()), outcome.seconds)
+
+    def _cost(self, rows: int) -> StepCost:
+        return self.costs.setdefault(max(rows, 1).bit_length(), StepCost())
+
+    def lengths(self, slots: np.ndarray) -> np.ndarray:
+        """Drafts to propose for these slots [n] → int32 [n], 0..width. Call it with the rows that sampled."""
+        count = len(slots)
+        if not count:
+            return np.zeros(0, np.int32)
+        cost = self._cost(count)
+        if cost.drafting < FIRST:
+            return self._some(count)
+        if cost.plain < FIRST:
+            return np.zeros(count, np.int32)
+        chosen = self._best(cost, slots)
+        on = bool(chosen.any())
+        if cost.probes(on):
+            return np.zeros(count, np.int32) if on else self._some(count)
+        return chosen
+
+    def _some(self, count: int) -> np.ndarray:
+        """Drafts for a few rows, other ones each time."""
+        self.turn += PROBE_ROWS
+        lengths = np.zeros(count, np.int32)
+        lengths[(self.turn + np.arange(min(PROBE_ROWS, count))) % count] = self.width if self.tree else -(-self.width // 2)
+        return lengths
+
+    def _best(self, cost: StepCost, slots: np.ndarray) -> np.ndarray:
+        fixed, each = cost.line()
+        share = self.accepted[slots] / self.drafted[slots]
+        if self.tree:
+            worth = (len(slots) + share.sum()) / (fixed + each * self.width * len(slots)) > len(slots) / fixed
+            return np.full(len(slots), self.width if worth else 0, np.int32)
+        gain = np.minimum(share, 0.995)[:, None] ** np.arange(1, self.width + 1)  # of each further draft
+        taken = np.zeros(gain.shape, bool)
+        for _ in range(ROUNDS):
+            rate = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())
+            taken = gain > each * rate
+        return taken.sum(1).astype(np.int32)
