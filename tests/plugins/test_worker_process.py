@@ -99,6 +99,21 @@ def test_a_worker_that_does_not_stop_is_killed_in_time(byte_model):
     assert time.monotonic() - start < 5 and process.returncode == -signal.SIGKILL
 
 
+def test_a_worker_that_hangs_in_a_step_is_killed_and_named(byte_model):
+    engine = engine_of(byte_model, plugins={"worker_process": {"step_seconds": 1.0}})
+    process = process_of(engine)
+    engine.add_request("x", "Hello", SamplingParams(max_tokens=4))
+    os.kill(process.pid, signal.SIGSTOP)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert [("hung" in o.error, "step_seconds" in o.error) for o in outputs] == [(True, True)]
+    with pytest.raises(EngineDeadError, match="hung"):
+        engine.step()
+    assert process.returncode == -signal.SIGKILL
+    engine.close()
+
+
 PARENT = """
 import sys, time
 from kernel_core import Engine

@@ -9,6 +9,9 @@ from kernel_core.api import BuildContext, Executor, Manifest, Section, hookimpl
 
 class WorkerProcessSection(Section):
     close_seconds: float = Field(10.0, gt=0, description="how long a worker may take to stop before it is killed")
+    step_seconds: float = Field(
+        300.0, gt=0, description="how long a step may take before the worker counts as hung: it is killed and the engine ends"
+    )
 
 
 manifest = Manifest(
@@ -22,4 +25,4 @@ manifest = Manifest(
 def make_executor(context: BuildContext, plan: bytes) -> Executor:
     from kernel_worker_process.executor import WorkerProcess
 
-    return WorkerProcess(plan, context.model, context.section.close_seconds)
+    return WorkerProcess(plan, context.model, context.section)

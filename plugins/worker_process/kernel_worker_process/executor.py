@@ -24,6 +24,7 @@ from kernel_core.api import (
     decode,
     encode,
 )
+from kernel_worker_process import WorkerProcessSection
 from kernel_worker_process.channel import ALLOCATE, CALL, CLOSE, FAILED, RUN, START, Channel
 
 LAST_LINES = 20
@@ -76,8 +77,10 @@ class Answer:
 class WorkerProcess:
     """Implements `Executor` with one spawned process. Any number of steps may be submitted before a result is read."""
 
-    def __init__(self, plan: bytes, model: ModelInfo, close_seconds: float) -> None:
-        self._plan, self._model, self._limit = plan, model, close_seconds
+    def __init__(self, plan: bytes, model: ModelInfo, section: WorkerProcessSection) -> None:
+        self._plan, self._model = plan, model
+        self._limit, self._step_limit = section.close_seconds, section.step_seconds
+        self._patience: float | None = None  # for an answer; starting may take as long as it takes
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: deque[Answer] = deque()
         self._dead: str | None = None
@@ -100,6 +103,7 @@ class WorkerProcess:
 
     def allocate(self, allocation: Allocation) -> None:
         self._ask(ALLOCATE, encode(allocation)).payload()
+        self._patience = self._step_limit
 
     def submit(self, plan: StepPlan) -> Answer:
         return self._ask(RUN, encode(plan))
@@ -122,12 +126,15 @@ class WorkerProcess:
         if self._process is None or self._dead is not None:
             raise EngineDeadError(self._dead or "the worker process was closed")
         try:
-            message = self._channel.receive()
+            message = self._channel.receive(self._patience)
         except EOFError:
             self._died(self._process)
+        except TimeoutError:
+            self._process.kill()
+            self._died(self._process, f"hung: no answer for {self._patience:g} s (plugins.worker_process.step_seconds); ")
         self._pending.popleft().message = message
 
-    def _died(self, process: subprocess.Popen[bytes]) -> NoReturn:
+    def _died(self, process: subprocess.Popen[bytes], why: str = "") -> NoReturn:
         try:
             code = process.wait(self._limit)
         except subprocess.TimeoutExpired:
@@ -135,7 +142,7 @@ class WorkerProcess:
             code = process.wait()
         self._stderr.join(1.0)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._dead = f"the worker process is gone ({how}); its last lines were:\n{''.join(self._stderr.lines) or '(none)'}"
+        self._dead = f"the worker process is gone ({why}{how}); its last lines were:\n{''.join(self._stderr.lines) or '(none)'}"
         raise EngineDeadError(self._dead)
 
     def close(self) -> None:
