@@ -12,6 +12,8 @@ from kernel_core.hookspecs import hookimpl
 from kernel_core.manifest import API_VERSION, Command, Constraint, Manifest, ModelFamily, Section
 from kernel_core.plan import (
     LOGPROBS_MODES,
+    NO_PREFIX_READ,
+    NO_PREFIX_WRITE,
     NO_TOKEN,
     Ack,
     Allocation,
@@ -31,6 +33,9 @@ from kernel_core.protocols import (
     Handle,
     Observer,
     Policy,
+    PrefixHit,
+    PrefixIndex,
+    PrefixRequest,
     Prepared,
     RequestPreparer,
     RequestView,
@@ -41,6 +46,7 @@ from kernel_core.protocols import (
 )
 from kernel_core.request import (
     CompletionOutput,
+    DraftCounts,
     Logprob,
     Request,
     RequestOutput,

@@ -112,12 +112,15 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
             max_slots=allocation.max_slots,
             max_model_len=allocation.max_model_len,
             max_tokens_per_step=allocation.max_tokens_per_step,
+            groups=report.groups,
+            num_blocks=allocation.num_blocks,
         )
 
     return EngineParts(
         policy=next(iter(engine.call("make_policy", context)), None),
         resources=tuple(made for _, made in engine.call("make_resource", context)),
         observers=tuple(made for _, made in engine.call("make_observer")),
+        prefix_index=next((made for _, made in engine.call("make_prefix_index", context)), None),
     )
 
 

@@ -116,6 +116,12 @@ class AsyncEngine:
         self._send(lambda: _settle(answer, lambda: self._engine.call(method, payload)))
         return await asyncio.wrap_future(answer)
 
+    async def reset_cache(self) -> None:
+        """Forget the KV of earlier requests, between two steps."""
+        done: Future[None] = Future()
+        self._send(lambda: _settle(done, self._engine.reset_cache))
+        await asyncio.wrap_future(done)
+
     def close(self) -> None:
         """Stop everything; idempotent. Iterators that still wait raise EngineDeadError."""
         with self._work:

@@ -67,7 +67,13 @@ class Events:
             finish=np.concatenate([updates.finish, np.array(self.codes, np.int32)]),
             stop_token=np.concatenate([updates.stop_token, np.full(more, NO_TOKEN, np.int32)]),
             errors={**updates.errors, **self.errors},
+            drafted=_padded(updates.drafted, more),
+            accepted=_padded(updates.accepted, more),
         )
+
+
+def _padded(column: np.ndarray | None, more: int) -> np.ndarray | None:
+    return None if column is None else np.concatenate([column, np.zeros(more, np.int32)])
 
 
 def kept_tokens(outcome: Outcome, result: StepResult) -> np.ndarray:
@@ -86,21 +92,25 @@ def build(outcome: Outcome, result: StepResult, cached: Mapping[str, int]) -> Up
         sampled = _filter(sampled, sampled.position < (outcome.before + kept)[sampled.row])
     if prompt is not None and outcome.reported is not None:
         prompt = _filter(prompt, prompt.position > outcome.reported[prompt.row])
+    updates = Updates(tuple(outcome.ids), tokens, result.offsets, outcome.finish, outcome.stop_token, cached, sampled, prompt)
+    if result.drafted.any():
+        updates = replace(updates, drafted=result.drafted, accepted=result.accepted)
     if outcome.whole and kept.all():
-        return Updates(tuple(outcome.ids), tokens, result.offsets, outcome.finish, outcome.stop_token, cached, sampled, prompt)
+        return updates
     shown = (kept > 0) | (outcome.finish > 0)
     if prompt is not None:
         shown[prompt.row] = True
     rows = np.flatnonzero(shown)
-    return Updates(
-        tuple(outcome.ids[i] for i in rows.tolist()),
-        tokens,
-        np.concatenate([[0], kept[rows].cumsum()]).astype(np.int32),
-        outcome.finish[rows],
-        outcome.stop_token[rows],
-        cached,
-        _renumber(sampled, rows, kept.size),
-        _renumber(prompt, rows, kept.size),
+    return replace(
+        updates,
+        requests=tuple(outcome.ids[i] for i in rows.tolist()),
+        offsets=np.concatenate([[0], kept[rows].cumsum()]).astype(np.int32),
+        finish=outcome.finish[rows],
+        stop_token=outcome.stop_token[rows],
+        logprobs=_renumber(sampled, rows, kept.size),
+        prompt_logprobs=_renumber(prompt, rows, kept.size),
+        drafted=None if updates.drafted is None else updates.drafted[rows],
+        accepted=None if updates.accepted is None else updates.accepted[rows],
     )
 
 

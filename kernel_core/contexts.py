@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kernel_core.config import KernelConfig
-from kernel_core.plan import Capabilities
+from kernel_core.plan import Capabilities, KVGroup
 
 Part = Literal["face", "engine", "worker"]
 
@@ -49,3 +49,5 @@ class EngineContext(BuildContext):
     max_slots: int
     max_model_len: int
     max_tokens_per_step: int
+    groups: tuple[KVGroup, ...] = ()
+    num_blocks: tuple[int, ...] = ()  # per group, the null block included

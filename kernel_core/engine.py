@@ -20,7 +20,7 @@ from kernel_core.intake import Accepted, Intake, Prompt
 from kernel_core.loop import OverlappedLoop, PlainLoop
 from kernel_core.outputs import Outputs, Tracked
 from kernel_core.plan import Allocation, WorkerReport
-from kernel_core.protocols import Executor, Observer, Policy, Resource, TextCodec
+from kernel_core.protocols import Executor, Observer, Policy, PrefixIndex, Resource, TextCodec
 from kernel_core.request import RequestOutput, SamplingParams, Updates
 from kernel_core.scheduler import Scheduler
 
@@ -34,6 +34,7 @@ class EngineParts:
     policy: tuple[str, Policy] | None = None  # with the plugin's name
     resources: tuple[Resource, ...] = ()
     observers: tuple[Observer, ...] = ()
+    prefix_index: PrefixIndex | None = None
 
 
 class EngineCore:
@@ -67,6 +68,7 @@ class EngineCore:
             *(config, self.report.groups, self.allocation, self.report.capabilities),
             *(policy, made.resources, depth),
             policy_plugin=name,
+            prefix_index=made.prefix_index,
         )
         self.loop: PlainLoop | OverlappedLoop
         if depth == 1:
@@ -235,6 +237,12 @@ class Engine:
         self._require_life()
         self.core.loop.drain()
         return self.core.executor.call(method, payload)
+
+    def reset_cache(self) -> None:
+        """Forget the KV of earlier requests, between two steps. What runs now keeps its own, and offers none of it any more."""
+        self._require_life()
+        self.core.loop.drain()
+        self.core.scheduler.reset_cache()
 
     def close(self) -> None:
         """Stop everything; idempotent."""

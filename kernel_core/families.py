@@ -59,10 +59,11 @@ class Families:
         return self._release(family, after)
 
     def seated(self, entry: Entry, after: int) -> None:
-        """A sibling that shares the prompt got its slot in plan `after`."""
-        family = self._families[entry.request.family or ""]
-        del family.pending[entry]
-        self._release(family, after)
+        """A request that shares blocks got its slot in plan `after`; it may be a sibling."""
+        family = self._families.get(entry.request.family or "")
+        if family is not None and entry in family.pending:
+            del family.pending[entry]
+            self._release(family, after)
 
     def leave(self, entry: Entry, after: int) -> list[Entry]:
         """A request ended. Returns the next leader, whose gate opens, when its prompt was not computed yet."""

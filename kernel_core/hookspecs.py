@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         WeightFormat,
         WorkerContext,
     )
-    from kernel_core.protocols import Call, CheckpointFormat, Executor, Observer, Policy, RequestPreparer, Resource
+    from kernel_core.protocols import Call, CheckpointFormat, Executor, Observer, Policy, PrefixIndex, RequestPreparer, Resource
 
 PROJECT = "kernel_core"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,6 +96,13 @@ def make_policy(context: EngineContext) -> Policy:
 @home("engine", composes="all")
 def make_resource(context: EngineContext) -> Resource:
     """Add something bounded that requests hold while they have a slot."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="exclusive")
+def make_prefix_index(context: EngineContext) -> PrefixIndex | None:
+    """Find the KV of tokens that were computed before. None: there is nothing to find with these KV groups."""
     raise NotImplementedError
 
 

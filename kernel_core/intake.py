@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,11 @@ from kernel_core.wire import encode
 
 #: what users may give as a prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" and plugins' keys
 Prompt = str | Sequence[int] | Mapping[str, Any]
+#: settings of generation_config.json that are honoured elsewhere or say nothing about sampling, and values that change nothing
+NO_SAMPLING = {"do_sample", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
+NEUTRAL = (None, False, True, 1, [], {})
 _MASK = 2**64 - 1
+logger = logging.getLogger("kernel_core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,7 @@ class Intake:
             jobs=tuple(prepared.jobs) if first else (),
             gates=tuple(prepared.gates),
             resources=dict(prepared.resources),
-            flags=PROMPT_LOGPROBS if sampling.prompt_logprobs is not None else 0,
+            flags=prepared.flags | (PROMPT_LOGPROBS if sampling.prompt_logprobs is not None else 0),
         )
 
 
@@ -220,11 +225,16 @@ def _validated(model: type[BaseModel] | None, given: Mapping[str, Any]) -> dict[
         raise RequestError(f"{where}: {first['msg']} (got {first['input']!r})") from error
 
 
-def sampling_defaults(generation: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """What generation_config.json says about sampling; `known` are the names of the fields that this engine has."""
+def sampling_defaults(generation: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """What generation_config.json says about sampling; `known` are the names of the fields that this engine has. A warning
+    names the settings that are none of them."""
     defaults = {name: generation[name] for name in known if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
     if generation.get("max_new_tokens") is not None:
         defaults["max_tokens"] = generation["max_new_tokens"]
+    stated = {name for name, value in generation.items() if value not in NEUTRAL and not name.startswith("_")}
+    unread = stated - NO_SAMPLING - set(known)
+    if unread:
+        logger.warning("generation_config.json: no enabled plugin reads %s; ignored", ", ".join(sorted(unread)))
     return defaults

@@ -18,7 +18,7 @@ from kernel_core.engine import Engine
 from kernel_core.errors import EngineDeadError, RequestError
 from kernel_core.intake import Accepted, Prompt
 from kernel_core.progress import Progress
-from kernel_core.request import RequestOutput, SamplingParams
+from kernel_core.request import DraftCounts, RequestOutput, SamplingParams
 
 Message = Mapping[str, Any]
 
@@ -143,6 +143,15 @@ class LLM:
         self.engine.abort(names)
         if not self.engine.dead:
             self.engine.advance()
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        """How speculation did so far; zeros without a drafter."""
+        return self.engine.outputs.drafts
+
+    def reset_cache(self) -> None:
+        """Forget the KV of earlier prompts (prefix caching)."""
+        self.engine.reset_cache()
 
     def close(self) -> None:
         self.engine.close()

@@ -34,7 +34,9 @@ class PlainLoop:
                 return self.outlet.rest()
             planned_at = time.monotonic()
             plan = self.scheduler.plan()
-            result = self.executor.submit(plan).result()
+            handle = self.executor.submit(plan)
+            self.scheduler.tend()
+            result = handle.result()
             updates = self.scheduler.commit(plan, result)
             self.outlet.emit(updates, plan, result, planned_at)
             return True
@@ -60,6 +62,7 @@ class OverlappedLoop:
                 planned_at = time.monotonic()
                 plan = self.scheduler.plan()
                 self._flying.append((plan, self.executor.submit(plan), planned_at))
+                self.scheduler.tend()
             return self._commit() if self._flying else self.outlet.rest()
 
     def _commit(self) -> bool:

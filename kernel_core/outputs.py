@@ -16,6 +16,7 @@ from kernel_core.request import (
     RUNNING,
     STOP,
     CompletionOutput,
+    DraftCounts,
     Logprob,
     RequestOutput,
     RequestTimings,
@@ -99,6 +100,7 @@ class Outputs:
         self._codec = codec
         self._tracked: dict[str, Tracked] = {}
         self._completions: dict[str, Completion] = {}
+        self.drafts = DraftCounts()
 
     def __len__(self) -> int:
         return len(self._tracked)
@@ -152,7 +154,17 @@ class Outputs:
                 self._finish(completion, now, error)
             changed[completion.parent] = None
         self._logprobs(updates, rows)
+        self._count_drafts(updates, rows)
         return list(changed), aborts
+
+    def _count_drafts(self, updates: Updates, rows: Sequence[Completion | None]) -> None:
+        if updates.drafted is None or updates.accepted is None:
+            return
+        self.drafts.add(updates.drafted, updates.accepted)
+        for completion, drafted, accepted in zip(rows, updates.drafted.tolist(), updates.accepted.tolist()):
+            if completion is not None:
+                completion.output.num_drafted += drafted
+                completion.output.num_accepted += accepted
 
     def fail(self, reason: str) -> list[Tracked]:
         """Every request ends with this error."""

@@ -22,6 +22,7 @@ PLAN_VERSION = 1
 #: row flags
 PROMPT_LOGPROBS = 1  # report logprobs of this chunk's prompt tokens
 NO_PREFIX_WRITE = 2  # blocks of this row are never offered to a prefix index
+NO_PREFIX_READ = 4  # nor does it take any from there
 
 #: sentinel in drafts and token arrays
 NO_TOKEN = -1
@@ -213,8 +214,9 @@ class WorkerReport:
     """Sent by the executor after the weights are loaded, before KV is allocated.
 
     `kv_budget_bytes` is what one rank may spend on KV; `draft_width` the most drafts a row may carry, `draft_ahead` how many
-    positions beyond those of a plan the drafter's own layers write, `lookback` how many positions of a prefix hit it needs computed
-    again; `memory` states the split in bytes (weights, activations, KV budget, ...); `timings` the seconds of each start phase."""
+    positions beyond those of a plan the drafter's own layers write, `lookback` how many positions of a prefix hit it needs
+    computed again; `memory` states the split in bytes (weights, activations, KV budget, ...); `timings` the seconds of each
+    start phase."""
 
     groups: tuple[KVGroup, ...]
     kv_budget_bytes: int

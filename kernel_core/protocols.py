@@ -29,12 +29,14 @@ class RequestView:
     planned: int
     cached: int
     payload: bytes | None
+    expected_hit: int = 0  # tokens that a prefix index would spare it now; only for policies with `reads_hits`, else 0
 
 
 @runtime_checkable
 class Policy(Protocol):
     """Answers three questions about requests; the kernel keeps the heaps, so order costs nothing per step.
-    Engine part, host. May not keep references to views."""
+    Engine part, host. May not keep references to views. An attribute `reads_hits = True` makes the kernel look up
+    `RequestView.expected_hit` for every view that `key` is given."""
 
     def key(self, request: RequestView) -> tuple[Any, ...]:
         """Sort key, smallest first; the kernel appends the arrival number. Rate: on arrival, on preemption, on refresh."""
@@ -65,6 +67,100 @@ class Resource(Protocol):
 
     def release(self, request_id: str) -> None:
         """Give it back; unknown ids are ignored. Rate: on closing of a slot, and when another resource refused."""
+        ...
+
+
+@dataclass(slots=True)
+class PrefixRequest:
+    """A request as a prefix index sees it, the same object from its first look-up until it ends or is preempted.
+
+    `token_ids` int32: all tokens known of it (prompt; after a preemption also output), read-only. `identity` and the keys of
+    `spans` are what its KV depends on besides tokens. `memo` belongs to the index: what it computed of the request."""
+
+    id: str
+    token_ids: np.ndarray
+    identity: bytes
+    spans: tuple[Span, ...]
+    memo: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """What an index found. KV of the first `tokens` positions is there: in group g in the blocks `ids[g]` (int32), which stand in
+    columns first[g], first[g] + 1, ... up to the one with position tokens - 1. When `tokens` is no multiple of the block size,
+    the last of them is used in part: the kernel copies these tokens; the other blocks are shared.
+
+    `owner`: a running slot that is computing more of this prefix, or -1; when it has committed `until` tokens, that much will
+    match."""
+
+    tokens: int
+    ids: tuple[np.ndarray, ...]
+    first: tuple[int, ...]
+    owner: int = -1
+    until: int = 0
+
+
+@runtime_checkable
+class PrefixIndex(Protocol):
+    """Finds the KV of tokens that were computed before. Engine part, host, deterministic: its answers depend on the calls before
+    only. One thread. Every method is O(1) per block that it is about.
+
+    A block (int id, per KV group) holds the KV of `block_size` positions, the same columns in every group. The kernel owns
+    reference counts; the index knows which content a block has and which *idle* block (kept, and used by nobody) goes first when
+    the pool needs one. A block is kept from the `insert` that returned True for it until `evict` returned it, `drop` named it,
+    or `reset`. Two blocks with the same content need not both be kept.
+
+    Identity: two positions have the same KV only if all tokens up to them, `identity`, and the spans that start before them
+    are equal. A wrong match is a wrong answer, perhaps with another user's data: compare content, or use a hash that nobody
+    can forge. Anything that a method raises ends the engine."""
+
+    def match(self, request: PrefixRequest, recompute: int) -> PrefixHit:
+        """The longest prefix of `request.token_ids` whose KV is kept in all groups. In a group with a window only the blocks are
+        needed (and returned) that are still seen from position `w - recompute` on, where w is `tokens` rounded down to whole
+        blocks: positions of the hit are computed again, and the kernel may do without the block that is used in part.
+        Changes nothing but `memo`. Rate: request (each time it is tried, and for `RequestView.expected_hit`)."""
+        ...
+
+    def opened(self, slot: int, request: PrefixRequest, hit: int) -> None:
+        """The request runs in `slot`, and its first `hit` positions have their KV: it will compute the rest, and `match` may name
+        it as owner of that. Not called for requests that offer nothing. Rate: request."""
+        ...
+
+    def closed(self, slot: int) -> None:
+        """It gave the slot up; nothing more is inserted from there. Its blocks are reported by `idle`. Rate: request."""
+        ...
+
+    def insert(
+        self, slots: np.ndarray, columns: np.ndarray, ids: Sequence[np.ndarray], tokens: np.ndarray
+    ) -> Sequence[np.ndarray]:
+        """Blocks were filled and committed: ids[g][i] is the block of slot slots[i] in column columns[i] (int [n]; columns of a
+        slot ascending, without gaps from its hit on). `tokens` int32 [slots, positions]: all tokens by slot, valid during
+        the call. → per group bool [n]: which blocks the index keeps from now on. Rate: step, only when a block was filled."""
+        ...
+
+    def idle(self, group: int, ids: np.ndarray) -> None:
+        """Nobody refers to these kept blocks any more; of one request, later columns first. Rate: step, when there are any."""
+        ...
+
+    def used(self, group: int, ids: np.ndarray) -> None:
+        """These idle blocks were matched and are referred to again. Rate: request."""
+        ...
+
+    def evict(self, group: int, count: int) -> np.ndarray:
+        """Keep `count` of the idle blocks no longer, and say which: int [count]. There are as many. Rate: step, on shortage."""
+        ...
+
+    def drop(self, group: int, ids: np.ndarray) -> None:
+        """Their content is not to be trusted (a device lost or spoilt it): keep these kept blocks, idle or not, no longer.
+        Rate: on such an event only."""
+        ...
+
+    def reset(self) -> None:
+        """Keep nothing, and forget the open slots: nothing is inserted from them any more. Rate: rare."""
+        ...
+
+    def held(self, group: int) -> np.ndarray:
+        """The blocks that are kept, int, any order: `check()` compares them with the pool. Rate: when idle."""
         ...
 
 
@@ -119,6 +215,7 @@ class Prepared:
     jobs: list[Job] = field(default_factory=list)
     gates: list[str] = field(default_factory=list)
     resources: dict[str, Any] = field(default_factory=dict)
+    flags: int = 0  # of `kernel_core.plan`, joined with "or"
 
 
 @runtime_checkable

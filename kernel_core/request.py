@@ -149,6 +149,8 @@ class Updates:
     prompt_logprobs: Logprobs | None = None
     outputs: tuple[tuple[str, str, np.ndarray], ...] = ()  # (request, name, array)
     errors: Mapping[str, str] = field(default_factory=dict)
+    drafted: np.ndarray | None = None  # [len(requests)] drafts that this step verified; None: none at all
+    accepted: np.ndarray | None = None  # [len(requests)] of those, accepted
 
 
 # ---- what users get ----------------------------------------------------------------------------------------------
@@ -164,6 +166,32 @@ class Logprob:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """How drafts did in an engine so far: `steps` counts rows that verified any, `drafted` and `accepted` tokens,
+    `by_place[j]` how many rows accepted more than j drafts."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_place: list[int] = field(default_factory=list)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens that such a row gained on average: 1 + accepted / steps."""
+        return 1 + self.accepted / max(self.steps, 1)
+
+    def add(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """The rows of one step [n]."""
+        self.steps += int(np.count_nonzero(drafted))
+        self.drafted += int(drafted.sum())
+        self.accepted += int(accepted.sum())
+        most = int(accepted.max(initial=0))
+        self.by_place += [0] * (most - len(self.by_place))
+        for place in range(most):
+            self.by_place[place] += int(np.count_nonzero(accepted > place))
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One completion. finish_reason: "stop", "length", "abort", "error" or None while running; stop_reason: the stop
     string or token id that ended it, None for the model's end token."""
@@ -176,6 +204,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     outputs: dict[str, Any] = field(default_factory=dict)  # named outputs of plugins
+    num_drafted: int = 0  # draft tokens that were verified for it
+    num_accepted: int = 0  # of those, accepted
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from kernel_core.errors import CapacityError, EngineDeadError, RequestError
 from kernel_core.families import GATE, Families
 from kernel_core.plan import Ack, Allocation, Capabilities, Job, KVGroup, Opened, StepPlan, StepResult
 from kernel_core.policy import FirstComeFirstServed
-from kernel_core.protocols import Policy, RequestView, Resource
+from kernel_core.prefixes import Prefixes
+from kernel_core.protocols import Policy, PrefixIndex, RequestView, Resource
 from kernel_core.request import ABORT, ERROR, LENGTH, RUNNING, STOP, Request, Updates
 from kernel_core.selection import Selection, Selector
 from kernel_core.slots import Slots
@@ -61,15 +62,18 @@ class Scheduler:
         resources: Sequence[Resource] = (),
         depth: int = 1,
         policy_plugin: str | None = None,
+        prefix_index: PrefixIndex | None = None,
     ) -> None:
         self.allocation, self.depth = allocation, depth
         self.policy = policy or FirstComeFirstServed()
         self.resources = {resource.name: resource for resource in resources}
         self.slots = Slots(allocation.max_slots, allocation.max_model_len)
-        self.kv = KVBlocks(groups, allocation)
+        self.kv = KVBlocks(groups, allocation, prefix_index)
         self.families = Families(self.kv)
-        self.queue = WaitingQueue(self.policy, config.policy_passes, self.view)
-        parts = (self.slots, self.kv, self.queue, self.families)
+        reads_hits = prefix_index is not None and getattr(self.policy, "reads_hits", False)
+        self.queue = WaitingQueue(self.policy, config.policy_passes, self._view_with_hit if reads_hits else self.view)
+        self.prefixes = Prefixes(prefix_index, self.kv, self.slots, allocation.lookback, self.queue.push)
+        parts = (self.slots, self.kv, self.queue, self.families, self.prefixes)
         self.selector = Selector(config, allocation, capabilities, self.policy, self.resources, parts, self, depth)
         self.preemptions = 0
         self.finished: list[tuple[str, int, int, int]] = []  # (id, code, prompt, output tokens); the loop empties it
@@ -132,6 +136,7 @@ class Scheduler:
         self._jobs.extend(request.jobs)
         self._stops.add(request.stop_ids)
         self.families.join(entry)
+        self.prefixes.arrived(entry)
         if not entry.closed_gates:
             self.queue.push(entry)
 
@@ -217,15 +222,23 @@ class Scheduler:
             payload,
         )
 
+    def _view_with_hit(self, entry: Entry) -> RequestView:
+        return replace(self.view(entry), expected_hit=self.prefixes.expected(entry))
+
+    def reset_cache(self) -> None:
+        """Forget the KV that a prefix index keeps. Nothing may be in flight."""
+        self.prefixes.reset()
+
     # ---- lives of requests ----------------------------------------------------------------------------------------
 
-    def open(self, entry: Entry, handle: BlockHandle | None) -> Opened:
-        """A waiting request takes a slot in the plan being made."""
-        request, computed = entry.request, 0 if handle is None else handle.tokens - 1
+    def open(self, entry: Entry, handle: BlockHandle | None, computed: int) -> Opened:
+        """A waiting request takes a slot in the plan being made; its first `computed` positions need no work."""
+        request = entry.request
         entry.state = State.RUNNING
         slot = self.slots.open(entry, computed, 0 if handle is None else handle.tokens)
         if handle is not None:
             self.kv.adopt(slot, handle)
+        self.prefixes.opened(entry, handle)
         if entry in self.families.leaders:
             self.families.computing[entry] = None
         if entry.cached is None:
@@ -235,6 +248,8 @@ class Scheduler:
     def _close(self, entry: Entry) -> None:
         """The request leaves its slot; blocks and slot are free when the last plan that names them is done."""
         slot = self.slots.close(entry)
+        entry.prefix = None
+        self.prefixes.closed(slot)
         self.families.computing.pop(entry, None)
         self.kv.close(slot, self.slots.last_plan)
         self._closing.append(slot)
@@ -304,15 +319,15 @@ class Scheduler:
         slots.last_plan += 1
         start = slots.computed.take(rows)
         ends = start + q
-        new_blocks = self.kv.extend(rows, ends)
+        # A copied block may lie beyond the first chunk of what is computed again.
+        new_blocks = self.kv.extend(rows, np.maximum(ends, slots.write_from.take(rows)) if sel.forks else ends)
         slots.computed[rows] = ends
         slots.known[rows] += room
         slots.last[rows] = slots.last_plan
-        if self.allocation.draft_width:
-            slots.width[rows[room > 0]] = self.allocation.draft_width
         copies = self.kv.copies([(entry.slot, handle) for entry, handle in sel.forks])
         for entry, _ in sel.forks:
             self.families.seated(entry, slots.last_plan)
+        self.prefixes.planned(slots.last_plan)
         plan = StepPlan(
             *(slots.last_plan, rows.astype(np.int32), start, q, room),
             *(slots.write_from.take(rows), slots.flags.take(rows)),
@@ -323,6 +338,10 @@ class Scheduler:
         slots.free(self._closing)
         self._closing, self._jobs = [], []
         return plan
+
+    def tend(self) -> None:
+        """Work that no plan waits for. The loop calls it while the device runs a step."""
+        self.prefixes.tend()
 
     # ---- commit ---------------------------------------------------------------------------------------------------
 
@@ -366,10 +385,12 @@ class Scheduler:
         for slot, reason in result.failed:
             entry = self._owner(flight, slot)
             if entry is not None:
+                self.prefixes.spoilt(entry)
                 self.fail(entry, reason)
         for slot, _ in result.lost:
             entry = self._owner(flight, slot)
             if entry is not None:
+                self.prefixes.spoilt(entry)
                 self._recompute(flight, entry)
         outcome = columns.Outcome.of(flight.ids, self.slots.known_done.take(flight.rows), gained)
         if self.slots.closures == flight.closures:
@@ -405,6 +426,8 @@ class Scheduler:
         before, kept, tokens = outcome.before, outcome.kept, columns.kept_tokens(outcome, result)
         if live is not None:
             rows, room, computed, before, kept = (a[live] for a in (rows, room, computed, before, kept))
+        if self.allocation.draft_width:
+            slots.width[rows] = result.drafts if live is None else result.drafts[live]
         known = before + kept
         slots.store(rows, before, kept, tokens)
         slots.known_done[rows] = known
@@ -420,11 +443,15 @@ class Scheduler:
                 for sibling in self.families.computed(leader, slots.last_plan):
                     self.open_gate(sibling.request.id, GATE)
         self.kv.commit(rows, computed, slots.last_plan)
+        self.prefixes.committed()
         full = (known >= slots.max_len.take(rows)).nonzero()[0]
         if full.size:
             full = full if live is None else live[full]
             outcome.finish[full] = np.where(outcome.finish[full], outcome.finish[full], LENGTH)
-        for row in outcome.finish.nonzero()[0].tolist():
+        ended = outcome.finish.nonzero()[0]
+        if ended.size:
+            self.prefixes.ending(flight.rows[ended])
+        for row in ended.tolist():
             entry = self.slots.entries[flight.rows[row]]
             assert entry is not None
             self._end(entry, int(outcome.finish[row]))

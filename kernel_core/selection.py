@@ -14,6 +14,8 @@ from kernel_core.config import EngineConfig
 from kernel_core.errors import ConfigError
 from kernel_core.families import Families
 from kernel_core.plan import Allocation, Capabilities, Opened
+from kernel_core.policy import FirstComeFirstServed
+from kernel_core.prefixes import OWNER, Prefixes
 from kernel_core.protocols import Policy, RequestView, Resource
 from kernel_core.slots import Slots
 from kernel_core.waiting import Entry, WaitingQueue
@@ -62,7 +64,7 @@ class Lifecycle(Protocol):
     def view(self, entry: Entry) -> RequestView: ...
     def preempt(self, entry: Entry) -> None: ...
     def fail(self, entry: Entry, reason: str) -> None: ...
-    def open(self, entry: Entry, handle: BlockHandle | None) -> Opened: ...
+    def open(self, entry: Entry, handle: BlockHandle | None, computed: int) -> Opened: ...
 
 
 class Selector:
@@ -75,12 +77,14 @@ class Selector:
         capabilities: Capabilities,
         policy: Policy,
         resources: Mapping[str, Resource],
-        parts: tuple[Slots, KVBlocks, WaitingQueue, Families],
+        parts: tuple[Slots, KVBlocks, WaitingQueue, Families, Prefixes],
         lifecycle: Lifecycle,
         depth: int,
     ) -> None:
-        self.slots, self.kv, self.queue, self.families = parts
+        self.slots, self.kv, self.queue, self.families, self.prefixes = parts
+        self.lookback = allocation.lookback
         self.policy, self.resources, self.lifecycle = policy, resources, lifecycle
+        self.greedy = type(policy) is FirstComeFirstServed  # as large a chunk as there is room for: nobody to ask
         self.budget = min(config.max_tokens_per_step, allocation.max_tokens_per_step)
         self.max_chunk = config.max_prompt_chunk or self.budget
         self.draft_width, self.depth = min(allocation.draft_width, self.budget - 1), depth
@@ -222,7 +226,9 @@ class Selector:
 
     def _size(self, sel: Selection, entry: Entry, remaining: int) -> int:
         limit = min(remaining, sel.budget, self.max_chunk)
-        return self._allowed(sel, min(max(self.policy.chunk(self.lifecycle.view(entry), remaining, limit), 0), limit))
+        if not self.greedy:
+            limit = min(max(self.policy.chunk(self.lifecycle.view(entry), remaining, limit), 0), limit)
+        return self._allowed(sel, limit)
 
     def _allowed(self, sel: Selection, size: int) -> int:
         """The largest q up to `size` that the device takes in this step, or 0."""
@@ -242,11 +248,11 @@ class Selector:
         if size:
             size = self._allowed(sel, min(size, self.kv.reach(entry.slot, sel.taken) - start))
         if size:
-            self._add(sel, entry.slot, start, size, remaining)
+            self._add(sel, entry.slot, size, remaining)
+            sel.secure(entry.slot, self.kv.need(entry.slot, start + size))
 
-    def _add(self, sel: Selection, slot: int, start: int, size: int, remaining: int) -> None:
+    def _add(self, sel: Selection, slot: int, size: int, remaining: int) -> None:
         sel.more.append((slot, size, int(size == remaining)))
-        sel.secure(slot, self.kv.need(slot, start + size))
         sel.budget -= size
         sel.long_rows -= size > 1
         if not self.mixed:
@@ -255,27 +261,30 @@ class Selector:
     # ---- admission ------------------------------------------------------------------------------------------------
 
     def _admissions(self, sel: Selection) -> None:
-        promised = list(sel.taken)  # running prompts first get what they need to the end
+        spare = [f - t for f, t in zip(self.kv.free(), sel.taken)]  # running prompts first get what they need to the end
         for slot in sel.chasing.tolist():
             lack = self.kv.outstanding(slot, int(self.slots.known[slot]), self.max_chunk)
-            promised = [p + max(n - s, 0) for p, n, s in zip(promised, lack, sel.secured.get(slot, lack))]
+            spare = [f - max(n - s, 0) for f, n, s in zip(spare, lack, sel.secured.get(slot, lack))]
         while sel.budget > 0 and self.slots.available:
             entry = self.queue.first()
-            if entry is None or not self._admit(sel, entry, promised):
+            if entry is None or not self._admit(sel, entry, spare):
                 return
 
-    def _admit(self, sel: Selection, entry: Entry, promised: list[int]) -> bool:
+    def _admit(self, sel: Selection, entry: Entry, spare: list[int]) -> bool:
         """Try the first in line; False: nobody else is admitted in this step."""
-        handle = self.families.prefix(entry)
-        computed, shared = (0, promised) if handle is None else (handle.tokens - 1, self.kv.shared(handle))
         known = entry.tokens.size
+        handle = self.families.prefix(entry) or self.prefixes.find(entry)
+        if entry.closed_gates:
+            self.queue.gate(entry)
+            return True
+        whole = self.kv.demand(min(known + 1, entry.request.max_len - 1), min(self.max_chunk, known))
+        handle, left = self._affordable(handle, whole, spare)
+        if left is None:
+            return self._no_blocks(sel, entry, whole)
+        computed = 0 if handle is None else max(min(handle.tokens - self.lookback, known - 1), 0)
         size = self._size(sel, entry, known - computed)
-        demand = self.kv.demand(min(known + 1, entry.request.max_len - 1), min(self.max_chunk, known))
-        if handle is not None:
-            demand = [max(n - s, 0) for n, s in zip(demand, shared)]
-        if not all(p + n <= f for p, n, f in zip(promised, demand, self.kv.free())):
-            return self._no_blocks(sel, entry, demand)
-        size = self._allowed(sel, min(size, computed + self.kv.room(sel.taken)))
+        if min(left, default=1) <= 0:  # else the pools are not even full with all that it may ever need
+            size = self._allowed(sel, min(size, self.kv.room(spare, handle) - computed))
         if not size:
             return False
         if not self._reserve(entry):
@@ -283,12 +292,27 @@ class Selector:
             self.queue.refuse(entry)
             return not first_in_line
         self.queue.admit(entry)
-        sel.opened.append(self.lifecycle.open(entry, handle))
+        sel.opened.append(self.lifecycle.open(entry, handle, computed))
         if handle is not None:
             sel.forks.append((entry, handle))
-        promised[:] = [p + n for p, n in zip(promised, demand)]
-        self._add(sel, entry.slot, computed, size, known - computed)
+        spare[:] = left
+        self._add(sel, entry.slot, size, known - computed)
         return True
+
+    def _affordable(
+        self, handle: BlockHandle | None, whole: list[int], spare: list[int]
+    ) -> tuple[BlockHandle | None, list[int] | None]:
+        """What a request adopts that needs `whole` blocks per group, and how many are left then; None: there are not enough."""
+        left = [f - n for f, n in zip(spare, whole)]
+        if handle is not None:
+            shared, woken = self.kv.shared(handle), self.kv.wakes(handle)
+            left = [f - max(n - s, 0) - w for f, n, s, w in zip(spare, whole, shared, woken)]
+        if not left or min(left) >= 0:
+            return handle, left
+        if handle is not None and handle.owner == OWNER and handle.tokens % self.kv.groups[0].block_size:
+            smaller = self.prefixes.whole_blocks(handle)  # perhaps without what it copies from
+            return self._affordable(smaller if smaller.tokens else None, whole, spare)
+        return handle, None
 
     def _no_blocks(self, sel: Selection, entry: Entry, demand: list[int]) -> bool:
         """The first in line waits for blocks; when nobody is left to free any, it cannot be served."""

@@ -14,8 +14,9 @@ LEAST = 16  # tokens that a request must be able to have, or starting makes no s
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What requests of a given length occupy. `chunk`, `decode`: most positions that a row computes at once, while its prompt
-    is computed and after it. `depth`: plans in flight."""
+    """What requests of a given length occupy, what their drafter writes ahead included. `chunk`, `decode`: most positions that a
+    row computes at once, while its prompt is computed and after it. `depth`: plans in flight. `lookback`: positions that a
+    window keeps longer."""
 
     groups: Sequence[KVGroup]
     max_len: int
@@ -23,13 +24,16 @@ class Need:
     chunk: int
     decode: int
     depth: int
+    ahead: int
+    lookback: int
 
     def blocks(self, group: KVGroup, tokens: int) -> int:
         """Blocks of one group when all requests together have `tokens` positions; the null block included."""
         size = group.block_size or self.max_len
         blocks = -(-tokens // size)
         if group.kind == "window" and group.window is not None:
-            one, each = (-(-(group.window - 1 + step) // size) + 1 for step in (self.chunk, self.decode))
+            seen = group.window - 1 + self.lookback + self.ahead
+            one, each = (-(-(seen + step) // size) + 1 for step in (self.chunk, self.decode))
             ahead = (self.depth - 1) * -(-self.chunk // size)
             blocks = min(blocks, one + (self.slots - 1) * each + ahead)
         return blocks + 1
@@ -41,20 +45,28 @@ class Need:
     def most(self) -> int:
         """Positions that all slots can ever fill, rounded up to whole blocks."""
         size = max((group.block_size or self.max_len for group in self.groups), default=1)
-        return self.slots * -(-self.max_len // size) * size
+        return self.slots * -(-self.longest // size) * size
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest request; one that has a single block writes nothing beyond it."""
+        single = all((group.block_size or self.max_len) >= self.max_len for group in self.groups)
+        return self.max_len if single else self.max_len + self.ahead
 
 
 def settle(config: EngineConfig, report: WorkerReport, depth: int) -> Allocation:
     """The sizes of an engine. Raises CapacityError when not even one request of the asked length fits."""
     max_model_len = _max_model_len(config, report, depth)
     need = _need(config, report, max_model_len, depth)
-    tokens = _largest(need.max_len, need.most, lambda n: _fits(config, report, need, n))
+    tokens = _largest(need.longest, need.most, lambda n: _fits(config, report, need, n))
     return Allocation(
         num_blocks=tuple(need.blocks(group, tokens) for group in need.groups),
         max_slots=config.max_requests,
         max_model_len=max_model_len,
         max_tokens_per_step=config.max_tokens_per_step,
         draft_width=report.draft_width,
+        draft_ahead=report.draft_ahead,
+        lookback=report.lookback,
     )
 
 
@@ -67,7 +79,8 @@ def capacity(report: WorkerReport, allocation: Allocation) -> int:
 def _need(config: EngineConfig, report: WorkerReport, max_model_len: int, depth: int) -> Need:
     decode = 1 + report.draft_width
     chunk = min(config.max_prompt_chunk or config.max_tokens_per_step, config.max_tokens_per_step, max_model_len)
-    return Need(report.groups, max_model_len, config.max_requests, max(chunk, decode), decode, depth)
+    steps = (max(chunk, decode), decode, depth)
+    return Need(report.groups, max_model_len, config.max_requests, *steps, report.draft_ahead, report.lookback)
 
 
 def _fits(config: EngineConfig, report: WorkerReport, need: Need, tokens: int) -> bool:
@@ -87,7 +100,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _max_model_len(config: EngineConfig, report: WorkerReport, depth: int) -> int:
     def fits(length: int) -> bool:
         need = _need(config, report, length, depth)
-        return _fits(config, report, need, need.max_len)
+        return _fits(config, report, need, need.longest)
 
     wanted = report.max_model_len if config.max_model_len == "auto" else config.max_model_len
     if fits(wanted):
@@ -101,10 +114,10 @@ def _max_model_len(config: EngineConfig, report: WorkerReport, depth: int) -> in
 def _too_small(config: EngineConfig, report: WorkerReport, wanted: int, possible: int, depth: int) -> str:
     need = _need(config, report, wanted, depth)
     if config.kv_blocks is not None:
-        blocks = max(need.blocks(group, need.max_len) for group in need.groups)
+        blocks = max(need.blocks(group, need.longest) for group in need.groups)
         have, change = f"it needs {blocks} blocks, engine.kv_blocks is {config.kv_blocks}", "engine.kv_blocks"
     else:
-        have = f"its KV needs {show(need.bytes(need.max_len))}, there are {show(report.kv_budget_bytes)}"
+        have = f"its KV needs {show(need.bytes(need.longest))}, there are {show(report.kv_budget_bytes)}"
         change = "engine.kv_memory or engine.memory_fraction"
     shorter = f"set engine.max_model_len to {possible} or less, or " if possible >= LEAST else ""
     return f"one request of max_model_len {wanted} does not fit: {have}; {shorter}raise {change} ({split(report.memory)})"

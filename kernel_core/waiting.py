@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kernel_core.protocols import Policy, RequestView
+from kernel_core.policy import FirstComeFirstServed
+from kernel_core.protocols import Policy, PrefixRequest, RequestView
 from kernel_core.request import LENGTH, RUNNING, STOP, Request
 
 
@@ -38,6 +39,8 @@ class Entry:
     inflight: int = 0  # plans in flight that still bring it tokens while it is draining
     cached: int | None = None  # hit tokens when it was first scheduled
     reported: int = 0
+    prefix: PrefixRequest | None = None  # as the prefix index sees it, while `tokens` is what is known of it
+    awaited: int = 0  # tokens of its prompt that it waited for another request to compute
 
     @property
     def num_prompt(self) -> int:
@@ -60,6 +63,7 @@ class WaitingQueue:
 
     def __init__(self, policy: Policy, passes: int, view: Callable[[Entry], RequestView]) -> None:
         self.policy, self.passes, self.view = policy, passes, view
+        self.arrivals_only = type(policy) is FirstComeFirstServed
         self.admitted = 0
         self._heap: list[tuple[tuple[Any, ...], int, int, Entry]] = []
         self._refused: dict[Entry, None] = {}  # in order of first refusal, the ones set aside and the ones tried again
@@ -73,7 +77,7 @@ class WaitingQueue:
         """On arrival and on preemption: the policy is asked for the key."""
         entry.state = State.WAITING
         self._count += 1
-        self._insert(entry, self.policy.key(self.view(entry)))
+        self._insert(entry, self._key(entry))
 
     def _insert(self, entry: Entry, key: tuple[Any, ...]) -> None:
         self._tickets += 1
@@ -83,7 +87,10 @@ class WaitingQueue:
     def rekey(self, entry: Entry) -> None:
         """The policy says that the key changed."""
         if entry.state is State.WAITING:
-            self._insert(entry, self.policy.key(self.view(entry)))
+            self._insert(entry, self._key(entry))
+
+    def _key(self, entry: Entry) -> tuple[Any, ...]:
+        return () if self.arrivals_only else self.policy.key(self.view(entry))
 
     def overdue(self) -> Entry | None:
         """The request that nobody may be admitted before, if any."""
@@ -114,6 +121,11 @@ class WaitingQueue:
         for entry in aside:
             if entry in self._refused and entry.ticket == 0:
                 self._insert(entry, entry.key[0])
+
+    def gate(self, entry: Entry) -> None:
+        """It waits for something else than its turn."""
+        self.remove(entry)
+        entry.state = State.GATED
 
     def admit(self, entry: Entry) -> None:
         self.remove(entry)

@@ -121,7 +121,8 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext(BuildContext):
-    """Given to the worker-side hooks. `dtype` is the compute dtype; sizes are the ones that were settled."""
+    """Given to the worker-side hooks. `dtype` is the compute dtype; sizes are the ones that were settled. `find`: a directory,
+    hub id or embedded name → its ModelInfo, weights not read; raises ConfigError."""
 
     device: torch.device
     dtype: torch.dtype
@@ -131,6 +132,7 @@ class WorkerContext(BuildContext):
     max_slots: int
     max_model_len: int
     max_tokens_per_step: int
+    find: Callable[[str], ModelInfo]
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,7 @@ class Worker:
             max_slots=self.max_slots,
             max_model_len=self.max_model_len,
             max_tokens_per_step=self.max_tokens_per_step,
+            find=self._find,
         )
 
     def _all(self, hook: str) -> list[tuple[str, Any]]:

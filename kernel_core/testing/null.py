@@ -1,14 +1,15 @@
 """A device that computes nothing: tokens are a function of (key, position), KV is a fingerprint of the tokens before it.
 
 It obeys plans as a real worker does (slots, true counts, block tables, copies, masked writes), checks that they are legal,
-and, with `check_kv`, that every position a row attends to is where its table says and belongs to the row's own tokens. So a
-wrongly shared, freed or reused block is found without a model."""
+and, with `check_kv`, that every position a row attends to is where its table says and belongs to the row's own tokens (and to its
+payload "identity"). So a wrongly shared, freed or reused block is found without a model."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class NullScript:
     fail and lose: {request id: (position, ...)}: the row that decides it fails, or loses all KV, once per entry."""
 
     accept: Callable[[int, int], int] = lambda key, position: 0
+    drafts: Callable[[int, int], int] | None = None  # (key, known tokens) → drafts that wait then; None: as many as may be
     fail: Mapping[str, int] | None = None
     lose: Mapping[str, int] | None = None
     bad_jobs: frozenset[str] = frozenset()
@@ -47,15 +49,17 @@ class NullDevice:
         self, groups: Sequence[KVGroup], allocation: Allocation, vocab_size: int, script: NullScript, check: bool
     ) -> None:
         self.groups, self.vocab_size, self.script, self.check_kv = groups, vocab_size, script, check
+        self.allocation = allocation
         slots, length = allocation.max_slots, allocation.max_model_len
         self.opened: dict[int, Opened] = {}
         self.known, self.computed = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-        self.keys = np.zeros(slots, np.uint64)
+        self.keys, self.waiting = np.zeros(slots, np.uint64), np.zeros(slots, np.int32)
         self.prints = np.zeros((slots, length + 1 if check else 0), np.uint32)  # fingerprints of known tokens
         self.tables, self.kv = [], []
         for group, blocks in zip(groups, allocation.num_blocks):
             size = group.block_size or length
-            self.tables.append(np.zeros((slots, -(-length // size) + 1), np.int32))
+            longest = length + max(allocation.draft_width, allocation.draft_ahead)
+            self.tables.append(np.zeros((slots, -(-longest // size)), np.int32))
             self.kv.append(np.zeros(blocks * size if check else 0, np.uint32))
         self._jobs: deque[tuple[int, Ack]] = deque()
         self._lost: set[str] = set()
@@ -69,8 +73,8 @@ class NullDevice:
         first = self.known[rows]
         gained = np.minimum(plan.room, 1)
         if (plan.room > 1).any():
-            wanted = [self.script.accept(int(self.keys[s]), int(p)) + 1 for s, p in zip(rows, first)]
-            gained = np.minimum(plan.room, wanted)
+            accepted = [self.script.accept(int(self.keys[s]), int(p)) for s, p in zip(rows, first)]
+            gained = np.minimum(plan.room, np.minimum(accepted, self.waiting[rows]) + 1)
         failed, lost = self._accidents(plan)
         if failed:
             gained = np.where(np.isin(rows, [slot for slot, _ in failed]), 0, gained)
@@ -82,14 +86,22 @@ class NullDevice:
             self._forward(plan, tokens, offsets)
         self.known[rows] += np.maximum(gained, plan.room > 0)  # a failed row goes on with any token
         self.computed[rows] += np.where(plan.room > 0, plan.q - plan.room + np.maximum(gained, 1), plan.q)
-        drafted = np.maximum(plan.room - 1, 0)
-        zero = np.zeros(rows.size, np.int32)
+        drafted = np.minimum(np.maximum(plan.room - 1, 0), self.waiting[rows])
+        drafts = self.waiting[rows] = self._drafts(plan)
         return StepResult(
-            *(plan.plan_id, tokens, offsets, self.computed[rows], drafted, np.maximum(gained - 1, 0), zero),
+            *(plan.plan_id, tokens, offsets, self.computed[rows], drafted, np.maximum(gained - 1, 0), drafts),
             acks=self._acks(plan),
             lost=lost,
             failed=failed,
         )
+
+    def _drafts(self, plan: StepPlan) -> np.ndarray:
+        """How many drafts wait for the next step of each row."""
+        width = self.allocation.draft_width
+        if not width or self.script.drafts is None:
+            return np.where(plan.room > 0, width, 0).astype(np.int32)
+        wanted = [self.script.drafts(int(self.keys[slot]), int(self.known[slot])) for slot in plan.rows]
+        return np.where(plan.room > 0, np.minimum(wanted, width), 0).astype(np.int32)
 
     # ---- slots and blocks -----------------------------------------------------------------------------------------
 
@@ -101,10 +113,11 @@ class NullDevice:
         for opened in plan.opened:
             slot = opened.slot
             assert slot not in self.opened and slot not in plan.closed, f"slot {slot} is in use"
-            self.opened[slot] = opened
+            self.opened[slot], self.waiting[slot] = opened, 0
             self.known[slot], self.computed[slot], self.keys[slot] = opened.token_ids.size, opened.computed, opened.key % 2**64
             if self.check_kv:
-                self.prints[slot, : opened.token_ids.size + 1] = fingerprints(np.uint32(1), opened.token_ids)
+                before = np.uint32(crc32(opened.payloads.get("identity", b"")) | 1)
+                self.prints[slot, : opened.token_ids.size + 1] = fingerprints(before, opened.token_ids)
         for table, update in zip(self.tables, plan.new_blocks):
             table[update.slots, update.columns] = update.ids
         if self.check_kv:
@@ -130,7 +143,10 @@ class NullDevice:
             end = start + int(plan.q[i]) - max(int(plan.room[i]) - 1, 0)
             for g, group in enumerate(self.groups):
                 self._attend(g, group, slot, start, end + accepted, int(plan.write_from[i]))
-                self._scribble(g, group, slot, end + accepted, int(plan.start[i] + plan.q[i]))
+                planned = int(plan.start[i] + plan.q[i])
+                whole = not 0 < group.block_size < self.allocation.max_model_len
+                ahead = self.allocation.draft_ahead if plan.room[i] and not whole else 0
+                self._scribble(g, group, slot, end + accepted, planned + ahead)
 
     def _where(self, g: int, group: KVGroup, slot: int, positions: np.ndarray) -> np.ndarray:
         size = group.block_size or self.prints.shape[1] - 1
@@ -149,7 +165,7 @@ class NullDevice:
         assert not wrong.any(), f"{request} reads foreign KV at positions {seen[wrong][:4]} of group {g}"
 
     def _scribble(self, g: int, group: KVGroup, slot: int, start: int, end: int) -> None:
-        """Rejected drafts leave rubbish in positions that are not computed."""
+        """Rejected drafts, and what a drafter writes ahead, leave rubbish in positions that are not computed."""
         if end > start:
             self.kv[g][self._where(g, group, slot, np.arange(start, end))] = _NOWHERE
 
@@ -210,9 +226,12 @@ class NullExecutor:
         script: NullScript | None = None,
         check_kv: bool = False,
         kv_budget_bytes: int = 1 << 16,
+        draft_ahead: int = 0,
+        lookback: int = 0,
     ) -> None:
         self.report = WorkerReport(
-            *(tuple(groups), kv_budget_bytes, capabilities or Capabilities(), vocab_size, max_model_len, draft_width)
+            *(tuple(groups), kv_budget_bytes, capabilities or Capabilities(), vocab_size, max_model_len),
+            *(draft_width, draft_ahead, lookback),
         )
         self.script, self.check_kv = script or NullScript(), check_kv
         self.device: NullDevice | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,15 @@ def test_two_runs_print_the_same_random_text():
     first, second = run("34_reproducibility.py"), run("34_reproducibility.py")
     assert first == second
     assert "The same alone and in company: True" in first
+
+
+def test_answers_are_the_same_with_and_without_prefix_caching():
+    printed = run("06_prefix_caching.py")
+    assert "Generated answers are the same: True" in printed
+    assert printed.count(" (0 of ") == 4  # without; with it, none
+
+
+def test_the_second_question_about_a_table_finds_the_table_cached():
+    found = re.findall(r"(\d+) of (\d+) prompt tokens cached", run("07_automatic_prefix_caching.py"))
+    (_, _), (cached, prompt) = ((int(a), int(b)) for a, b in found)
+    assert cached > 0.9 * prompt

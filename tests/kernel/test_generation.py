@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernel_core import LLM, AsyncEngine, CapacityError, Engine, EngineDeadError, RequestError, SamplingParams
+from kernel_core.intake import sampling_defaults
 
 VOCAB = 260
 NAN_TOKEN = 256
@@ -129,6 +130,21 @@ def test_generation_config_gives_the_defaults_and_caps_the_output(llm, checkpoin
     assert len(output.outputs[0].token_ids) == 40
     with LLM(checkpoint, device="cpu", sampling_defaults="kernel") as plain:
         assert plain.get_default_sampling_params() == SamplingParams()
+
+
+def test_what_generation_config_says_in_vain_is_named(caplog):
+    said = {
+        "temperature": 0.5,
+        "num_beams": 4,
+        "typical_p": 0.3,
+        "use_cache": True,
+        "_from_model_config": True,
+        "eos_token_id": 3,
+    }
+    assert sampling_defaults(said, ["temperature"]) == {"temperature": 0.5}
+    assert [record.getMessage() for record in caplog.records] == [
+        "generation_config.json: no enabled plugin reads num_beams, typical_p; ignored"
+    ]
 
 
 def test_a_chat_is_its_rendered_prompt(llm):

@@ -36,11 +36,23 @@ class Engine:
     """Scheduler and null device, driven by hand."""
 
     def __init__(
-        self, groups=(FULL,), blocks=40, slots=4, budget=100, width=0, depth=1, length=48, script=None, device=None, **rest
+        self,
+        groups=(FULL,),
+        blocks=40,
+        slots=4,
+        budget=100,
+        width=0,
+        depth=1,
+        length=48,
+        script=None,
+        device=None,
+        ahead=0,
+        lookback=0,
+        **rest,
     ):
         keys = ("max_prompt_chunk", "policy_passes")
         config = EngineConfig(max_tokens_per_step=budget, **{k: rest.pop(k) for k in keys if k in rest})
-        allocation = Allocation((blocks,) * len(groups), slots, length, budget, width)
+        allocation = Allocation((blocks,) * len(groups), slots, length, budget, width, ahead, lookback)
         self.executor = NullExecutor(groups, 100, length, width, device, script, check_kv=True)
         self.executor.allocate(allocation)
         self.device = device or Capabilities()
@@ -151,15 +163,51 @@ def test_tokens_after_a_stop_id_in_the_same_row_do_not_count():
     assert e.tokens == {"stop": tokens[:3], "other": tokens}
 
 
-def test_drafts_are_planned_at_full_width_and_never_beyond_the_length():
-    e = Engine(width=3, depth=3)
+def test_a_row_has_room_for_the_drafts_that_were_reported_last_and_never_beyond_the_length():
+    e = Engine(width=3, depth=2)
     e.add(request("a", 5, 7))
-    plans = [e.plan() for _ in range(3)]
-    assert [rows(p) for p in plans] == [[(0, 0, 5, 1)], [(0, 5, 4, 4)], [(0, 9, 2, 2)]]
+    plans = [e.plan(), e.plan()]
+    assert [rows(p) for p in plans] == [[(0, 0, 5, 1)], [(0, 5, 1, 1)]]  # nothing is reported yet
     e.commit(plans[0])
-    assert rows(e.plan()) == []  # the bound is at the length: wait for commits
-    e.commit(plans[1])  # no draft was accepted
-    assert rows(e.plan()) == [(0, 8, 3, 3)]
+    plans.append(e.plan())
+    assert rows(plans[-1]) == [(0, 6, 4, 4)]
+    e.commit(plans[1])
+    plans.append(e.plan())
+    assert rows(plans[-1]) == [(0, 10, 1, 1)]  # 11 of 12 tokens may be known then
+    e.commit(plans[2])  # no draft was accepted
+    plans.append(e.plan())
+    assert rows(plans[-1]) == [(0, 8, 3, 3)]
+
+
+def test_a_row_whose_drafter_proposes_nothing_costs_one_token():
+    e = Engine(width=3, script=NullScript(accept=lambda key, p: 3, drafts=lambda key, known: {1: 0, 2: 2}[key]))
+    e.add(request("none", 5, 9, key=1), request("two", 5, 9, key=2))
+    assert rows(e.step()) == [(0, 0, 5, 1), (1, 0, 5, 1)]
+    assert rows(e.step()) == [(0, 5, 1, 1), (1, 5, 3, 3)]
+    assert rows(e.step()) == [(0, 6, 1, 1), (1, 8, 3, 3)]
+    e.run()
+    assert e.tokens == {"none": expected(5, 9, 1), "two": expected(5, 9, 2)}
+
+
+def test_blocks_reach_as_far_ahead_as_the_drafter_writes():
+    e = Engine(ahead=5, length=16)
+    e.add(request("a", 3, 13))
+    assert e.step().new_blocks[0].columns.tolist() == [0, 1]  # 3 positions and 5 more
+    assert e.step().new_blocks[0].columns.tolist() == [2]
+    e.run()
+    assert max(c for p in e.plans for c in p.new_blocks[0].columns) == 4  # 15 positions and 5 more
+    with pytest.raises(CapacityError):
+        Engine(ahead=5, length=16, blocks=5)
+
+
+def test_what_the_drafter_looks_back_at_is_computed_again_and_not_written():
+    e = Engine(lookback=3)
+    e.add(request("a", 9, 4, family="f", key=1), request("b", 9, 4, family="f", key=2))
+    e.step()
+    plan = e.step()
+    assert rows(plan) == [(0, 9, 1, 1), (1, 6, 3, 1)] and plan.write_from.tolist() == [0, 9]
+    e.run()
+    assert e.cached == {"a": 0, "b": 6} and e.tokens == {"a": expected(9, 4, 1), "b": expected(9, 4, 2)}
 
 
 def test_abort_at_any_time_gives_one_finish_code():
@@ -446,6 +494,13 @@ def test_the_ack_of_a_job_opens_its_gate():
 # ---- families ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_copied_block_beyond_the_first_chunk_is_there_when_it_is_reached():
+    e = Engine(lookback=3, max_prompt_chunk=1)
+    e.add(request("a", 13, 4, family="f", key=1), request("b", 13, 4, family="f", key=2))
+    e.run()
+    assert e.cached == {"a": 0, "b": 10} and e.tokens == {"a": expected(13, 4, 1), "b": expected(13, 4, 2)}
+
+
 def test_siblings_share_the_prompt_of_the_first_and_recompute_its_last_token():
     e = Engine(blocks=40, budget=6)
     e.add(*(request(f"c{i}", 10, 5, key=i, family="f") for i in range(3)))
@@ -517,9 +572,9 @@ def logprobs(entries):
 def result_of(plan, tokens, **rest):
     counts = [len(t) for t in tokens]
     flat = np.array([t for row in tokens for t in row], np.int32)
-    zero = np.zeros(plan.rows.size, np.int32)
+    zero, drafts = np.zeros(plan.rows.size, np.int32), np.full(plan.rows.size, 9, np.int32)
     computed = plan.start + plan.q - plan.room + np.array(counts, np.int32)
-    return StepResult(plan.plan_id, flat, np.cumsum([0, *counts], dtype=np.int32), computed, zero, zero, zero, **rest)
+    return StepResult(plan.plan_id, flat, np.cumsum([0, *counts], dtype=np.int32), computed, zero, zero, drafts, **rest)
 
 
 def test_logprobs_follow_their_requests_and_drop_tokens_that_do_not_count():

@@ -1,7 +1,8 @@
 """The scheduler against a slow twin of plain objects: whatever happens, and in whatever order, every request gets exactly the
 tokens that its key says, ends exactly once, and no block, slot or resource is lost, shared wrongly or over-reserved.
 
-The device is the null device with its KV check on: a row that would read foreign or missing KV fails there."""
+The device is the null device with its KV check on: a row that would read foreign or missing KV fails there, so with a prefix
+index a block that holds other tokens than those it was matched for, or that was not computed yet."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kernel_prefix_caching.index import HashIndex
 
 from kernel_core.config import EngineConfig
-from kernel_core.plan import Allocation, Capabilities, Job, KVGroup, SamplingRow
+from kernel_core.plan import NO_PREFIX_READ, NO_PREFIX_WRITE, Allocation, Capabilities, Job, KVGroup, SamplingRow
 from kernel_core.policy import FirstComeFirstServed
+from kernel_core.prefixes import GATE
 from kernel_core.request import ABORT, ERROR, FINISH_REASONS, LENGTH, STOP, Request
 from kernel_core.scheduler import Scheduler
 from kernel_core.testing.null import NullExecutor, NullScript, null_tokens
@@ -98,6 +101,8 @@ class Twin:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    with_index = False
+
     @initialize(data=st.data())
     def start(self, data):
         draw = data.draw
@@ -106,6 +111,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.budget = draw(st.sampled_from([7, 7, 8, 30]))
         self.chunk = draw(st.sampled_from([None, None, 5]))
         self.width = draw(st.sampled_from([0, 0, 1, 3]))
+        ahead = draw(st.sampled_from([0, self.width, self.width + 2])) if self.width else 0
+        lookback = draw(st.sampled_from([0, 1, 3])) if self.width else 0
         self.device = draw(st.sampled_from(DEVICES))
         self.policy = draw(st.sampled_from([FirstComeFirstServed, FirstComeFirstServed, ByPriority, Perverse]))()
         self.passes = draw(st.sampled_from([1, 3, 64]))
@@ -113,20 +120,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks = []
         for group in groups:
             size = group.block_size or LENGTH_LIMIT
-            least = -(-LENGTH_LIMIT // size) + 1
+            least = -(-(LENGTH_LIMIT + (ahead if group.block_size else 0)) // size) + 1
             if group.kind == "window":
-                least = min(least, -(-(group.window - 1 + 1 + self.width) // size) + 2)
+                least = min(least, -(-(group.window + lookback - 1 + 1 + self.width + ahead) // size) + 2)
             blocks.append(least + draw(st.integers(0, 30 if group.block_size else 2)))
-        allocation = Allocation(tuple(blocks), slots, LENGTH_LIMIT, self.budget, self.width)
+        allocation = Allocation(tuple(blocks), slots, LENGTH_LIMIT, self.budget, self.width, ahead, lookback)
         ragged = draw(st.sampled_from([0, 1, 5]))
         self.script = NullScript(
-            accept=lambda key, p: (key + p * ragged) % 4, fail={}, lose={}, ack_after=draw(st.integers(0, 2))
+            accept=lambda key, p: (key + p * ragged) % 4,
+            drafts=draw(st.sampled_from([None, lambda key, known: (key + known) % 3])),
+            fail={},
+            lose={},
+            ack_after=draw(st.integers(0, 2)),
         )
-        self.executor = NullExecutor(groups, VOCAB, LENGTH_LIMIT, self.width, self.device, self.script, check_kv=True)
+        self.waiting = np.zeros(slots, np.int32)  # drafts that the last committed step reported, by slot
+        rules = (groups, VOCAB, LENGTH_LIMIT, self.width, self.device, self.script)
+        self.executor = NullExecutor(*rules, check_kv=True, draft_ahead=ahead, lookback=lookback)
         self.executor.allocate(allocation)
         self.places = Places(3)
         config = EngineConfig(max_tokens_per_step=self.budget, max_prompt_chunk=self.chunk, policy_passes=self.passes)
-        self.scheduler = Scheduler(config, groups, allocation, self.device, self.policy, [self.places], self.depth)
+        same_size = {g.block_size for g in groups} == {4}
+        self.index = HashIndex(groups, blocks) if self.with_index and same_size else None
+        parts = (self.device, self.policy, [self.places], self.depth)
+        self.scheduler = Scheduler(config, groups, allocation, *parts, prefix_index=self.index)
         self.capacity = tuple(n - 1 for n in blocks)
         self.slots = slots
         self.twins: dict[str, Twin] = {}
@@ -143,23 +159,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 30),
         life=st.integers(1, 17),
         stops=st.frozensets(st.integers(0, VOCAB - 1), max_size=2),
-        extra=st.sampled_from(["", "", "", "gate", "place", "places", "family", "family", "job", "fail", "lose"]),
+        extra=st.sampled_from(
+            ["", "", "", "gate", "place", "places", "family", "family", "job", "fail", "lose", "salt", "alone"]
+        ),
+        alike=st.integers(0, 2),
         priority=st.integers(0, 2),
         count=st.sampled_from([1, 1, 2, 4]),
     )
-    def add(self, prompt, life, stops, extra, priority, count):
+    def add(self, prompt, life, stops, extra, priority, count, alike):
         for _ in range(count):
-            self.add_one(prompt, life, stops, extra, priority)
+            self.add_one(prompt, life, stops, extra, priority, alike)
 
-    def add_one(self, prompt, life, stops, extra, priority):
+    def add_one(self, prompt, life, stops, extra, priority, alike):
         number = len(self.twins)
         name = f"r{number}"
         tokens = (np.arange(prompt, dtype=np.int32) * 3 + (0 if extra == "family" else number)) % VOCAB
+        if self.with_index:
+            tokens = np.arange(prompt, dtype=np.int32)
+            tokens[alike * 6 :] += number % 3  # prefixes of many lengths in common
         if extra == "family":
             tokens = (np.arange(13, dtype=np.int32) * 5) % VOCAB
             prompt = 13
         request = Request(name, tokens, SamplingRow(), number * 77, prompt + life, stops, priority)
         twin = self.twins[name] = Twin(request)
+        if extra == "salt":
+            request.identity, request.payloads = b"salt", {"identity": b"salt"}
+        elif extra == "alone":
+            request.flags = (NO_PREFIX_READ, NO_PREFIX_WRITE, NO_PREFIX_READ | NO_PREFIX_WRITE)[number % 3]
         if extra == "gate":
             request.gates, twin.gates = ("ready", "set"), {"ready", "set"}
         elif extra in ("place", "places"):
@@ -192,6 +218,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if error:
             twin.finish = -ERROR
 
+    @precondition(lambda self: self.index is not None)
+    @rule()
+    def reset(self):
+        self.scheduler.reset_cache()
+        assert not any(self.index.held(g).size for g in range(len(self.scheduler.kv.groups)))
+
     @precondition(lambda self: len(self.flying) < self.depth)
     @rule()
     def plan(self):
@@ -207,7 +239,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         result = handle.result()
         for ack in result.acks:
             self.twins[ack.key].gates.discard(f"{ack.plugin}:{ack.key}")
-        self.check_updates(self.scheduler.commit(plan, result))
+        live = [i for i, slot in enumerate(plan.rows.tolist()) if self.scheduler.slots.since[slot] <= plan.plan_id]
+        updates = self.scheduler.commit(plan, result)
+        self.waiting[plan.rows[live]] = result.drafts[live]
+        self.check_updates(updates)
 
     # ---- promises
 
@@ -225,6 +260,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert set(q.tolist()) <= set(self.device.query_lengths)
         for slot in plan.closed.tolist():
             self.by_slot.pop(slot).slot = -1
+        self.waiting[[opened.slot for opened in plan.opened]] = 0
+        assert (room <= 1 + self.waiting[plan.rows]).all(), "room for drafts that nobody reported"
         for opened in plan.opened:
             assert opened.slot not in self.by_slot and opened.slot not in plan.closed
             twin = self.by_slot[opened.slot] = self.twins[opened.request_id]
@@ -245,6 +282,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         flying = {int(s) for plan, _ in self.flying for s in plan.rows}
         for twin in self.live():
             plain = not (twin.gates or twin.request.resources or twin.request.family) and twin.slot < 0 and not twin.got
+            plain = plain and not (self.index and GATE in self.scheduler._entries[twin.request.id].closed_gates)
             if plain and not flying and in_order:
                 assert key(twin) > key(in_order[-1]), f"{twin.request.id} was passed over"
         for twin in self.twins.values():
@@ -313,7 +351,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sorted(r for r, *_ in self.scheduler.finished) == sorted(self.twins)
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
+class IndexedMachine(SchedulerMachine):
+    with_index = True
+
+
+QUICK = settings(
     max_examples=30, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+TestScheduler, TestSchedulerWithIndex = SchedulerMachine.TestCase, IndexedMachine.TestCase
+TestScheduler.settings = TestSchedulerWithIndex.settings = QUICK

@@ -25,11 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def bench_step(arguments: argparse.Namespace) -> dict[str, Any]:
     plugins = [name for name in arguments.plugins.split(",") if name]
-    made = null_parts(config_from_arguments(arguments), plugins)
-    policy = made.policy[1] if made.policy else None
-    measured = step_bench.run(
-        arguments.running, arguments.churn, arguments.steps, policy=policy, resources=made.resources, observers=made.observers
-    )
+    parts = null_parts(config_from_arguments(arguments), plugins)
+    measured = step_bench.run(arguments.running, arguments.churn, arguments.steps, parts=parts)
     return {**measured, "plugins": plugins}
 
 

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
             if output.error:
                 sys.stderr.write(f"error: {output.error}\n")
         if arguments.stats:
-            sys.stderr.write(describe(outputs, llm.engine.start_seconds) + "\n")
+            sys.stderr.write(describe(outputs, llm.engine.start_seconds, llm.draft_counts) + "\n")
     return 1 if any(output.error for output in outputs) else 0
 
 
@@ -104,6 +104,8 @@ def json_lines(prompt: str, output: RequestOutput) -> str:
             "timings": timings,
         }
         line |= {"index": completion.index} if len(output.outputs) > 1 else {}
+        drafts = {"num_drafted_tokens": completion.num_drafted, "num_accepted_tokens": completion.num_accepted}
+        line |= drafts if completion.num_drafted else {}
         line |= {"logprobs": _logprobs(completion.logprobs)} if completion.logprobs is not None else {}
         line |= {"prompt_logprobs": _logprobs(output.prompt_logprobs)} if output.prompt_logprobs is not None else {}
         line |= {"error": output.error} if output.error else {}
