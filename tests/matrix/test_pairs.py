@@ -1,0 +1,36 @@
+"""Composition is the promise: any two features together give the plain engine's output, or are refused before anything loads."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from matrix_features import FEATURES, judge, pairs
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "composition.md"
+DRAFTERS = [
+    name for name, feature in FEATURES.items() if {"ngram", "mlp_speculator", "draft_model", "eagle"} & set(feature.plugins)
+]
+#: pairs that contradict each other → a word of the reason
+REFUSED = dict.fromkeys(combinations(DRAFTERS, 2), "make_drafter") | {("cache_aware", "priority"): "make_policy"}
+
+
+@pytest.mark.parametrize(("one", "other"), pairs(), ids=[f"{a} + {b}" if a != b else a for a, b in pairs()])
+def test_pairs_are_equal_to_the_plain_engine_or_refused(one, other, request):
+    verdict = judge(one, other, request.config.getoption("--device", "cpu"))
+    assert verdict.differences == ()
+    expected = REFUSED.get((one, other))
+    assert (verdict.refused is None) == (expected is None), verdict.refused
+    if expected:
+        assert expected in verdict.refused
+        assert all(name.split()[0].rstrip("3") in verdict.refused for name in (one, other))
+
+
+def test_the_table_in_the_documentation_names_every_feature_and_refusal():
+    text = DOCUMENT.read_text()
+    assert [line.split("|")[1].split(maxsplit=1)[1].strip() for line in text.splitlines() if line[:3].strip("| ").isdigit()] == [
+        *FEATURES
+    ]
+    refused = {line[2:].split(":")[0] for line in text.splitlines() if line.startswith("- ")}
+    assert refused == {f"{one} + {other}" for one, other in pairs() if (one, other) in REFUSED}
