@@ -199,7 +199,7 @@ def _wonder(rng: random.Random) -> tuple[str, str]:
 
 # How often each kind of exchange comes, relative to the others: while the facts are learned, and afterwards.
 FACTS_FIRST = {"describe": 100, "signature": 16, "call": 24, "tools": 6, "fake": 12, "wonder": 6, "talk": 6, "json": 6}
-ALL_SKILLS = {"describe": 90, "signature": 22, "call": 50, "tools": 12, "fake": 14, "wonder": 6, "talk": 6, "json": 16}
+ALL_SKILLS = {"describe": 90, "signature": 22, "call": 64, "tools": 12, "fake": 14, "wonder": 6, "talk": 6, "json": 16}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ Row = tuple[list[int], list[bool]]
 BATCH_TOKENS = 1024
 BATCHES = 2  # of one step, computed side by side: each core works on its own, and none waits for a busy one
 KEEP_EVERY = 50
+THETA = 500.0
 POOL = 2000  # conversations sorted by length at a time, so that batches have little padding
 
 
@@ -39,11 +40,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Round:
-    """One pass of training: so many drills, mixed into the first `drilled` conversations, and a rate that falls to zero."""
+    """One pass of training: about so many drills, mixed into the first `drilled` conversations; the rate falls to zero."""
 
     conversations: int
     drills: int
-    drilled: int = 0
+    drilled: int
     proportions: Proportions = field(default_factory=Proportions)
     rate: float = 2e-3
     matrix_rate: float = 0.015
@@ -53,11 +54,11 @@ class Round:
 
 SKILLS = Proportions(ALL_SKILLS, plain=0.15, salad=0.3)
 SHAPES = {
-    "tiny-chat": Shape(hidden=256, layers=4, heads=4, kv_heads=2, ffn=640),
+    "tiny-chat": Shape(hidden=256, layers=4, heads=4, kv_heads=2, ffn=1024),
     "tiny-draft": Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=448),
 }
-FACTS_ROUND = Round(conversations=42000, drills=2500)
-SKILLS_ROUND = Round(conversations=60000, drills=12000, drilled=24000, proportions=SKILLS)
+FACTS_ROUND = Round(conversations=38000, drills=14000, drilled=38000)
+SKILLS_ROUND = Round(conversations=60000, drills=12000, drilled=40000, proportions=SKILLS)
 ROUNDS = {"tiny-chat": [FACTS_ROUND, SKILLS_ROUND], "tiny-draft": [FACTS_ROUND]}
 
 
@@ -71,7 +72,7 @@ def build(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=vocabulary.CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -84,26 +85,86 @@ def build(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def prime_copying(model: LlamaForCausalLM) -> None:
-    """Lets attention start near "look for what is alike, and pass on what it says": copying is found much sooner."""
-    config = model.config
-    share = config.num_attention_heads // config.num_key_value_heads
+def prime_copying(model: LlamaForCausalLM, seed: int) -> None:
+    """Lets the first two layers start as a circuit that continues what came before (an induction head), because training alone
+    finds it late: two heads of layer 0 fetch the token before and the one before that, two heads of layer 1 look for the place
+    where both are the same as here, and say what stood there. Everything else starts quiet, so that it does not drown them.
+    """
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.02)
+        layer.self_attn.o_proj.weight.mul_(0.1)
+    hidden = model.config.hidden_size
+    basis = torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(seed)))[0]
+    basis[0] = 0  # the first number of every embedding is the same, and is what positions are sought with
+    size = model.config.head_dim
+    if hidden < 4 * size:
+        raise ValueError(f"the circuit needs four subspaces of a head's size {size}, the hidden size is {hidden}")
+    read, last, before, said = (basis[:, start : start + size] for start in range(0, 4 * size, size))
+    norm = _mark_positions(model)
+    _fetch_tokens_before(model, read, (last, before), norm)
+    _find_and_repeat(model, read, last, before, said, norm)
 
-    def repeated(weight: Tensor) -> Tensor:
-        return weight.view(-1, config.head_dim, config.hidden_size).repeat_interleave(share, 0).flatten(0, 1)
 
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        attention.o_proj.weight.copy_(0.5 * repeated(attention.v_proj.weight).T)
-        if index:
-            attention.q_proj.weight.mul_(0.5).add_(repeated(attention.k_proj.weight), alpha=0.5)
+def _mark_positions(model: LlamaForCausalLM) -> tuple[float, float]:
+    """Gives all embeddings the same first number → (that number after a norm, root mean square of an embedding)."""
+    hidden, std = model.config.hidden_size, model.config.initializer_range
+    constant = 0.5 * std * hidden**0.5
+    model.model.embed_tokens.weight[:, 0] = constant
+    size = (std**2 + constant**2 / hidden) ** 0.5
+    return constant / size, size
+
+
+def _fetch_tokens_before(model: LlamaForCausalLM, read: Tensor, subspaces: tuple[Tensor, ...], norm: tuple[float, float]) -> None:
+    """Layer 0, first KV head: query head n points n + 1 tokens back, by the fast rotations alone, and writes what it reads."""
+    attention, size = model.model.layers[0].self_attn, model.config.head_dim
+    half, fast = size // 2, size // 8
+    angle = THETA ** (-torch.arange(fast) / half)
+    strength = (3.6 * size**0.5) ** 0.5 / norm[0]
+    attention.k_proj.weight[:size] = 0
+    attention.k_proj.weight[:fast, 0] = strength
+    attention.v_proj.weight[:size] = 0.25 * read.T
+    for head, subspace in enumerate(subspaces):
+        query = attention.q_proj.weight[head * size : (head + 1) * size].zero_()
+        query[:fast, 0] = strength * torch.cos((head + 1) * angle)
+        query[half : half + fast, 0] = -strength * torch.sin((head + 1) * angle)
+        attention.o_proj.weight[:, head * size : (head + 1) * size] = 0.25 * subspace
+
+
+def _find_and_repeat(
+    model: LlamaForCausalLM, read: Tensor, last: Tensor, before: Tensor, said: Tensor, norm: tuple[float, float]
+) -> None:
+    """Layer 1, first KV head, in the slow rotations: a key is (token before, the one before that), a query (this token, the
+    one before)."""
+    attention, size = model.model.layers[1].self_attn, model.config.head_dim
+    half, slow = size // 2, size // 2 - size * 7 // 32
+    pairs = [number for low in range(slow, half) for number in (low, low + half)]
+    one, two = pairs[0::2], pairs[1::2]
+    count = len(one)
+    strength = (25.0 * size**0.5 / count) ** 0.5
+    written = strength * norm[1] / 0.25**2
+    attention.k_proj.weight[:size] = 0
+    attention.k_proj.weight[one] = written * last[:, :count].T
+    attention.k_proj.weight[two] = 0.7 * written * before[:, count : 2 * count].T
+    attention.v_proj.weight[:size] = said.T
+    for head in range(model.config.num_attention_heads // model.config.num_key_value_heads):
+        query = attention.q_proj.weight[head * size : (head + 1) * size].zero_()
+        query[one] = strength * read[:, :count].T
+        query[two] = 0.7 * written * last[:, count : 2 * count].T
+        attention.o_proj.weight[:, head * size : (head + 1) * size] = 12.0 * norm[1] * said
 
 
 def _drill(rng: random.Random) -> Row:
-    """Random tokens that come twice, with others before and between; the second time they count."""
+    """Random tokens that come twice, with others before and between; the second time they count.
+
+    Few different ones, as in a number, come again before their turn: then the last token alone does not say what follows.
+    """
+
+    alphabet = range(len(vocabulary.SPECIAL), vocabulary.SIZE)
+    if rng.random() < 0.6:
+        alphabet = rng.sample(alphabet, rng.choice((6, 12, 24)))
 
     def tokens(low: int, high: int) -> list[int]:
-        return [rng.randrange(len(vocabulary.SPECIAL), vocabulary.SIZE) for _ in range(rng.randint(low, high))]
+        return rng.choices(alphabet, k=rng.randint(low, high))
 
     before, copied, between = tokens(0, 6), tokens(4, 14), tokens(1, 6)
     ids = before + copied + between + copied
@@ -112,8 +173,6 @@ def _drill(rng: random.Random) -> Row:
 
 def _rows(functions: list[Function], tokenizer: PreTrainedTokenizerFast, recipe: Round, seed: int) -> Iterator[Row]:
     rng = random.Random(seed)
-    if not recipe.drilled:
-        yield from (_drill(rng) for _ in range(recipe.drills))
     mixture = Mixture(functions, seed, recipe.proportions)
     for index in range(recipe.conversations):
         if index < recipe.drilled and rng.random() < recipe.drills / recipe.drilled:
@@ -233,7 +292,7 @@ def _update(optimizers: list[torch.optim.Optimizer], rates: list[float], scale: 
 def untrained(name: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = build(SHAPES[name], tokenizer)
-    prime_copying(model)
+    prime_copying(model, seed)
     return model
 
 

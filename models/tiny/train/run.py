@@ -37,6 +37,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     _edit(folder / "config.json", rope_theta=500.0)
+    _edit(folder / "generation_config.json", do_sample=False)
     save_tokenizer(tokenizer, folder)
 
 
