@@ -27,7 +27,8 @@ from kernel_core.plan import Allocation, Capabilities, Opened, StepPlan, StepRes
 class AttentionSpec:
     """What one attention layer declares. Same (kind, window) and block size → same KV group.
 
-    `kind`: "full" or "window" (later "latent", "cross", "recurrent"). `window` w: position p sees p-w+1 .. p.
+    `kind`: "full" or "window" (later "latent", "cross", "recurrent"). `window` w: position p sees p-w+1 .. p,
+    and where `causal` is false also up to p+w-1. Slots below `first_slot` are never read: they may hold anything.
     `algorithm` lets a layer ask for a special backend ("softmax" by default). `sinks`: an extra logit a head."""
 
     layer: str  # unique path, the key of its KV

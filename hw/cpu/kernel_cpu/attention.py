@@ -152,6 +152,7 @@ def paged_attention(
     causal: bool = True,
     out: Tensor | None = None,
     positions: Tensor | None = None,
+    first_slot: int = 0,
 ) -> Tensor:
     """softmax(q k^T * scale) v for each row over its own blocks; returns [T, Hq, Dv] in q's dtype.
 
@@ -159,7 +160,8 @@ def paged_attention(
     q_start[r+1]; kv_len int32 [R]: its tokens in the cache, those of this step included; block_table int32 [R, B]. Query j of a
     row stands at position kv_len - q_len + j and sees the positions up to its own, with ``window`` the last ``window`` of them.
     ``soft_cap``: scores become cap * tanh(score / cap). ``sinks`` fp32 [Hq]: one more key per head with that score and no
-    value. ``causal`` false: every query sees all kv_len positions. ``tree`` bool [T, W]: in rows of at most W queries, query j
+    value. ``causal`` false: every query sees all kv_len positions, with ``window`` those less
+    than ``window`` away. Positions below ``first_slot`` are seen by nobody, and their values never read. ``tree`` bool [T, W]: in rows of at most W queries, query j
     sees of the row's own queries just those i with tree[q_start + j, i], besides all earlier tokens; longer rows are
     causal; the window counts slots, or from ``positions`` int64 [T] of the queries. A query that sees nothing gets zeros.
 
@@ -184,7 +186,7 @@ def paged_attention(
     elif out.shape != (tokens, heads, kv.v_head_dim) or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} for queries {tuple(q.shape)} {q.dtype}")
     if kv.plain:
-        rules = _Rules(scale, window, soft_cap, sinks, causal)
+        rules = _Rules(scale, window, soft_cap, sinks, causal, first_slot)
         return _plain_attention(q, kv, q_start, kv_len, block_table, rules, tree, out, positions)
     q = _rows(q)
     q_start, kv_len, block_table = _int32(q_start), _int32(kv_len), _int32(block_table)
@@ -194,7 +196,7 @@ def paged_attention(
     if _kernels().kc_attention(
         q.data_ptr(), q.dtype == torch.bfloat16, q.stride(0), q.stride(1), *kv._geometry(),
         q_start.data_ptr(), kv_len.data_ptr(), block_table.data_ptr(), block_table.shape[1], rows, heads,
-        scale, window or 0, soft_cap or 0.0, None if sinks is None else sinks.data_ptr(),
+        scale, window or 0, first_slot, soft_cap or 0.0, None if sinks is None else sinks.data_ptr(),
         None if tree is None else tree.data_ptr(), 0 if tree is None else tree.shape[1],
         None if positions is None else positions.data_ptr(), causal,
         out.data_ptr(), out.stride(0), out.stride(1),
@@ -230,6 +232,7 @@ class _Rules:
     soft_cap: float | None
     sinks: Tensor | None
     causal: bool
+    first_slot: int
 
 
 def _plain_row(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rules: _Rules) -> Tensor:
@@ -281,6 +284,8 @@ def _visible(position: Tensor, length: int, rules: _Rules, tree: Tensor | None) 
     mask = seen <= own if rules.causal and not is_tree else torch.ones(count, length, dtype=torch.bool)
     if rules.window:
         mask = mask & (seen > position[:, None] - rules.window)
+        if not rules.causal and not is_tree:
+            mask = mask & (seen < position[:, None] + rules.window)
     if tree is not None and is_tree:
         mask[:, length - count :] &= tree[:, :count]
-    return mask
+    return mask & (seen >= rules.first_slot)

@@ -53,6 +53,7 @@ class PagedAttention:
             tree=plan.tree,
             causal=spec.causal,
             positions=plan.positions,
+            first_slot=spec.first_slot,
         )
 
     def copy_kv(self, kv: attention.KV, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:

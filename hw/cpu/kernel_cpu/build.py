@@ -177,7 +177,7 @@ SIGNATURES = {
     "kc_kv_write": "piliiiipllpllipl",
     "kc_kv_copy": "piliiiippl",
     "kc_kv_read": "piliiiiplpp",
-    "kc_attention": "pillpiliiiippplii" + "fifppipipll",
+    "kc_attention": "pillpiliiiippplii" + "fiifppipipll",
     "kc_norm": "iiplppplppllfi",
     "kc_rotary": "ipllipllipplplii",
     "kc_gate": "iiplpll",

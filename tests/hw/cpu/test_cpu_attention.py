@@ -54,7 +54,7 @@ class Batch:
         table = self.table[list(rows)].contiguous()
         return att.paged_attention(self.q if q is None else q, self.kv, starts, lengths, table, self.scale, **options)
 
-    def reference(self, window=None, soft_cap=None, sinks=None, tree=None, causal=True, positions=None):
+    def reference(self, window=None, soft_cap=None, sinks=None, tree=None, causal=True, positions=None, first_slot=0):
         out, at = [], 0
         for r, count in enumerate(self.q_lengths):
             k, v = (x.double().repeat_interleave(self.heads // self.kv_heads, 1) for x in self.dense[r])
@@ -65,6 +65,9 @@ class Batch:
                 mask = seen <= position if causal and not is_tree else torch.ones_like(seen, dtype=torch.bool)
                 if window:
                     mask &= seen > (position if positions is None else positions[at]) - window
+                if window and not causal and not is_tree:
+                    mask &= seen < position + window
+                mask &= seen >= first_slot
                 if is_tree:
                     chunk = self.lengths[r] - count
                     mask[chunk:] &= tree[at, :count]
@@ -73,7 +76,7 @@ class Batch:
                 s = s.masked_fill(~mask, -torch.inf)
                 if sinks is not None:
                     s = torch.cat([s, sinks.double()[:, None]], 1)
-                p = s.softmax(1)[:, : len(seen)]
+                p = s.softmax(1)[:, : len(seen)] if mask.any() else torch.zeros(self.heads, len(seen), dtype=torch.double)
                 out.append(torch.einsum("hn,nhd->hd", p, v))
                 at += 1
         return torch.stack(out).to(self.q.dtype) if out else torch.empty(0, self.heads, self.v_dim, dtype=self.q.dtype)
@@ -109,6 +112,7 @@ def test_head_shapes(kernels, dtype, shape):
 @pytest.mark.parametrize("options", [
     {"window": 1}, {"window": 17}, {"window": 64}, {"window": 1000}, {"soft_cap": 2.0}, {"causal": False}, {"sinks": True},
     {"window": 33, "soft_cap": 5.0, "sinks": True}, {"tree": True}, {"tree": True, "window": 40},
+    {"causal": False, "window": 20}, {"first_slot": 1}, {"first_slot": 1, "tree": True}, {"first_slot": 1, "window": 70},
 ])  # fmt: skip
 def test_options(kernels, dtype, options):
     batch = Batch(**MIXED, dtype=dtype)
@@ -129,6 +133,16 @@ def test_blocks_behind_the_window_are_not_read(kernels, dtype):
     batch.table[0, :10] = -1
     batch.table[1, :3] = 10**6
     close(batch.run(window=30), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 8, 1])
+def test_slots_below_the_first_may_hold_anything(kernels, dtype, block):
+    batch = Batch([1, 40, 9, 300], [1, 3, 9, 1], block=block, dtype=dtype)
+    expected = batch.reference(first_slot=1)
+    nothing = torch.full((4, batch.kv_heads, batch.dim), torch.nan, dtype=dtype)
+    att.write_kv(batch.kv, nothing, nothing, batch.table[:, 0].long() * block)
+    close(batch.run(first_slot=1), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

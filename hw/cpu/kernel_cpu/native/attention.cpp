@@ -31,7 +31,7 @@ struct Call {
     bool q_bf16;
     const int *q_start, *kv_len, *table;
     long table_width, blocks;
-    int rows, group, window;
+    int rows, group, window, first;  // first: positions below it are never read
     bool causal;
     float scale, cap, scale_after;  // scale_after: what is left to multiply scores by once capped
     const float *sinks;
@@ -46,14 +46,18 @@ struct Call {
     int first_position(int row) const { return kv_len[row] - length(row); }
     // What token j of a row sees: positions [low, high).
     int position(int row, int j) const { return positions ? (int)positions[q_start[row] + j] : first_position(row) + j; }
-    int low(int row, int j) const { return window > 0 ? std::max(0, position(row, j) - window + 1) : 0; }
+    int low(int row, int j) const { return window > 0 ? std::max(first, position(row, j) - window + 1) : first; }
     // The lowest of tokens [j, end): branches may go back in position.
     int lowest(int row, int j, int end) const {
         int lowest = low(row, j);
         for (int i = j + 1; positions && i < end; ++i) lowest = std::min(lowest, low(row, i));
         return lowest;
     }
-    int high(int row, int j) const { return causal && !is_tree(row) ? first_position(row) + j + 1 : kv_len[row]; }
+    int high(int row, int j) const {
+        if (is_tree(row)) return kv_len[row];
+        if (causal) return first_position(row) + j + 1;
+        return window > 0 ? std::min(kv_len[row], position(row, j) + window) : kv_len[row];
+    }
 };
 
 struct Item {
@@ -183,14 +187,16 @@ template <class KSrc, class VSrc> class Worker {
     Worker(const Call &c, const Item &it, float *partials) : c_(c), it_(it), rows_(it.end - it.begin), dv_(c.g.dv_padded) {
         tiles_ = (rows_ + kMaxRows - 1) / kMaxRows;
         long state = State::floats(rows_, dv_);
-        q_ = (float *)scratch(2, sizeof(float) * ((long)rows_ * (c.g.d + kTile) + 2 * state));
+        q_ = (float *)scratch(2, sizeof(float) * ((long)rows_ * (c.g.d + kTile) + 2 * state + (long)dv_ * kStrip));
         s_ = q_ + (long)rows_ * c.g.d;
         part_ = it.partial < 0 ? s_ + (long)rows_ * kTile : partials + it.partial;
         total_ = s_ + (long)rows_ * kTile + state;
+        edge_ = (T *)(total_ + state);
     }
 
     void run() {
         look();
+        if (c_.first > 0 && highest_ > lowest_) blank_unread();
         for (int t = 0; t < tiles_; ++t) {
             if (c_.q_bf16) pack_queries<bf16>(t);
             else pack_queries<float>(t);
@@ -220,6 +226,21 @@ template <class KSrc, class VSrc> class Worker {
             narrow_low_ = std::max(narrow_low_, low_[i]);
             narrow_high_ = std::min(narrow_high_, high_[i]);
         }
+    }
+
+    // Positions below `first` may hold anything, even NaN: the strip that has some gets a copy of its V with zeros there.
+    void blank_unread() {
+        edge_strip_ = c_.g.strip_of(c_.first);
+        if (c_.g.strip_of(lowest_) > edge_strip_) return;
+        Strip<T> edge = strip(edge_strip_);
+        memcpy(edge_, edge.v, sizeof(T) * dv_ * kStrip / kPerItem);
+        for (int j = 0; j < dv_; j += 16)
+            for (int t = 0; t < c_.first - edge.position; ++t)
+                for (int d = 0; d < 16; ++d) {
+                    if constexpr (kPerItem == 1) edge_[j * kStrip + t * 16 + d] = 0;
+                    else ((uint16_t *)edge_)[j * kStrip + (t / 2 * 16 + d) * 2 + t % 2] = 0;
+                }
+        blanked_ = true;
     }
 
     // Rows of a tile interleaved, [d][MR], or [d / 2][MR] pairs for the dot source.
@@ -262,7 +283,7 @@ template <class KSrc, class VSrc> class Worker {
         long page = (long)c_.table[it_.row * c_.table_width + column] * g.heads + it_.head;
         const T *k = (const T *)c_.kv + (page * g.page + within * g.strip) / kPerItem;
         int count = std::min({kStrip, g.block - within * kStrip, highest_ - position});
-        return {k, k + g.k_strip / kPerItem, position, count};
+        return {k, blanked_ && index == edge_strip_ ? edge_ : k + g.k_strip / kPerItem, position, count};
     }
 
     // One tile of keys for all rows of the item.
@@ -368,6 +389,9 @@ template <class KSrc, class VSrc> class Worker {
     int narrow_low_, narrow_high_;  // what every row sees
     int low_[kItemRows], high_[kItemRows];
     float *q_, *s_, *part_, *total_;
+    T *edge_;
+    int edge_strip_ = 0;
+    bool blanked_ = false;
 };
 
 struct Plan {
@@ -445,11 +469,11 @@ template <class KSrc, class VSrc> void run(const Call &c) {
 // Returns 1, having done nothing, when a row is longer than its cache or names a block that does not exist.
 KC_API int kc_attention(const void *q, int q_bf16, long q_token, long q_head, const void *kv, int kv_bf16, long blocks, int block,
                         int heads, int d, int dv, const int *q_start, const int *kv_len, const int *table, long table_width,
-                        int rows, int q_heads, float scale, int window, float cap, const float *sinks, const uint8_t *tree,
+                        int rows, int q_heads, float scale, int window, int first, float cap, const float *sinks, const uint8_t *tree,
                         int tree_width, const long *positions, int causal, void *out, long out_token, long out_head) {
     const long size = q_bf16 ? 2 : 4;
     Call c{Geometry(block, heads, d, dv), (const char *)q, (const char *)kv, q_token * size, q_head * size, !!q_bf16,
-           q_start, kv_len, table, table_width, blocks, rows, q_heads / heads, window, !!causal, scale, cap, cap > 0 ? 1.0f : scale, sinks, tree, tree_width,
+           q_start, kv_len, table, table_width, blocks, rows, q_heads / heads, window, first, !!causal, scale, cap, cap > 0 ? 1.0f : scale, sinks, tree, tree_width,
            positions, (char *)out, out_token * size, out_head * size};
     if (!valid(c)) return 1;
     if (!kv_bf16) return run<F32Source<NV>, F32Source<NV>>(c), 0;
