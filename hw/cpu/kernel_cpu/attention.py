@@ -160,10 +160,10 @@ def paged_attention(
     q_start[r+1]; kv_len int32 [R]: its tokens in the cache, those of this step included; block_table int32 [R, B]. Query j of a
     row stands at position kv_len - q_len + j and sees the positions up to its own, with ``window`` the last ``window`` of them.
     ``soft_cap``: scores become cap * tanh(score / cap). ``sinks`` fp32 [Hq]: one more key per head with that score and no
-    value. ``causal`` false: every query sees all kv_len positions, with ``window`` those less
-    than ``window`` away. Positions below ``first_slot`` are seen by nobody, and their values never read. ``tree`` bool [T, W]: in rows of at most W queries, query j
-    sees of the row's own queries just those i with tree[q_start + j, i], besides all earlier tokens; longer rows are
-    causal; the window counts slots, or from ``positions`` int64 [T] of the queries. A query that sees nothing gets zeros.
+    value. ``causal`` false: every query sees all kv_len positions, with ``window`` those less than ``window`` away. Positions
+    below ``first_slot`` are seen by nobody, and their values never read. ``tree`` bool [T, W]: in rows of at most W queries,
+    query j sees of the row's own queries just those i with tree[q_start + j, i], besides all earlier tokens; longer rows
+    are causal; the window counts slots, or from ``positions`` int64 [T] of the queries. A query that sees nothing gets zeros.
 
     Sums and softmax are fp32. The result of a query is bitwise the same in any batch and however its prompt was chunked.
     Only slots that a query may see are read. Raises ValueError for shapes that do not fit, IndexError for a row longer than
