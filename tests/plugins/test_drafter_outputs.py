@@ -1,12 +1,10 @@
-"""Drafts from the text itself and from an MLP speculator change speed, never output: whole engines with and without them."""
+"""Drafts change speed, never output: whole engines with and without each drafter."""
 
 import pytest
 
 from kernel_core import LLM, SamplingParams
-from kernel_core.discovery import Installed
 
 HEAD = "tiny-chat-mlp"
-needs_head = pytest.mark.skipif(Installed().get("checkpoint", HEAD) is None, reason=f"{HEAD} is not installed")
 DRAFTERS = {
     "lookup": {"ngram": {"draft_tokens": 4, "min_ngram": 1, "adaptive": False}},
     "suffix": {"ngram": {"method": "suffix", "min_ngram": 1, "adaptive": False}},
@@ -14,9 +12,15 @@ DRAFTERS = {
     "tree": {"mlp_speculator": {"head": HEAD, "tree": True, "draft_tokens": 7, "adaptive": False}},
     "lookup, adaptive": {"ngram": {}},
     "tree, adaptive": {"mlp_speculator": {"head": HEAD, "tree": True}},
+    "draft model": {"draft_model": {"model": "tiny-draft", "adaptive": False}},
+    "eagle": {"eagle": {"head": "tiny-chat-eagle", "adaptive": False}},
+    "eagle3": {"eagle": {"head": "tiny-chat-eagle3", "adaptive": False}},
+    "eagle3, tree": {"eagle": {"head": "tiny-chat-eagle3", "tree": True, "draft_tokens": 7, "adaptive": False}},
+    "eagle3, adaptive": {"eagle": {"head": "tiny-chat-eagle3"}},
 }
 ENGINES = {
     "wide": {},
+    "prefix hits": {},
     "chunks of 7 tokens": {"max_tokens_per_step": 7},
     "preempting": {"kv_blocks": 10, "block_size": 16, "max_model_len": 128},
     "one step ahead": {"overlap": True},
@@ -72,10 +76,10 @@ def count_drafts(llm: LLM) -> dict[str, int]:
 
 
 def marks(drafter: str, engine: str) -> list:
-    """The pairs that cannot be, those that need the trained head, and which run in the fast tests."""
-    chosen = [needs_head] if drafter.startswith(("chain", "tree")) else []
-    fast = engine == "wide" or (drafter, engine) in (("lookup", "preempting"), ("tree", "chunks of 7 tokens"))
-    return chosen if fast else [*chosen, pytest.mark.slow]
+    """Which run in the fast tests."""
+    also = {("lookup", "preempting"), ("tree", "chunks of 7 tokens"), ("eagle3", "preempting"), ("eagle3", "one step ahead")}
+    fast = (engine == "wide" and "adaptive" not in drafter) or (drafter, engine) in also
+    return [] if fast else [pytest.mark.slow]
 
 
 PAIRS = [pytest.param(d, e, marks=marks(d, e)) for d in DRAFTERS for e in ENGINES if (d, e) != ("suffix", "one step ahead")]
@@ -83,8 +87,11 @@ PAIRS = [pytest.param(d, e, marks=marks(d, e)) for d in DRAFTERS for e in ENGINE
 
 @pytest.mark.parametrize("drafter, engine", PAIRS)
 def test_output_is_that_of_the_plain_engine(drafter, engine, plain):
-    with LLM(**COMMON | ENGINES[engine], plugins=DRAFTERS[drafter]) as llm:
+    cache = {"prefix_caching": {}} if engine == "prefix hits" else {}
+    with LLM(**COMMON | ENGINES[engine], plugins=DRAFTERS[drafter] | cache) as llm:
         totals = count_drafts(llm)
+        if cache:
+            llm.generate(*map(list, zip(*asked())))
         got = [outcome(o) for o in llm.generate(*map(list, zip(*asked())))]
         preempted = llm.engine.core.scheduler.preemptions
     assert got == plain

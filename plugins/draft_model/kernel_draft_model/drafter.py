@@ -1,0 +1,73 @@
+"""The drafter: the draft model reads what the step made known, then continues it token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernel_core.api import Opened
+from kernel_core.nn.api import DraftBatch, DraftLength, DraftOutcome, DraftView, Target, WorkerContext, upload
+from kernel_draft_model import DraftModelSection
+from kernel_draft_model.vocabulary import check_vocabulary
+
+
+class ModelDrafter:
+    """Implements `LayeredDrafter`. A chain of m drafts is m passes of the draft model; a step that drafts nothing is one."""
+
+    taps: tuple[str, ...] = ()
+    lookback, needs_host, tree = 0, False, False
+
+    def __init__(self, section: DraftModelSection, context: WorkerContext) -> None:
+        self.section, self.limit = section, context.max_model_len
+        self.width = self.ahead = section.draft_tokens
+        self.length = DraftLength(self.width, context.max_slots) if section.adaptive else None
+
+    def build(self, target: Target) -> nn.Module:
+        info = target.find(self.section.model)
+        check_vocabulary(info, target.info)
+        positions = (info.config.get("text_config") or info.config).get("max_position_embeddings")
+        self.limit = min(self.limit, positions or self.limit)
+        self.model = target.load(info, None)
+        return self.model
+
+    def opened(self, opened: Opened) -> None:
+        if self.length:
+            self.length.opened(opened.slot)
+
+    def closed(self, slot: int) -> None:
+        """Nothing is kept of a request."""
+
+    def observe(self, outcome: DraftOutcome) -> None:
+        if self.length:
+            self.length.observe(outcome)
+
+    def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
+        lengths, device = self._lengths(view), view.known.device
+        tokens = torch.full((len(lengths), self.width), -1, dtype=torch.int64, device=device)
+        batch = view.passes.catch_up(0)
+        hidden = self._run(batch)[batch.last]
+        within = torch.arange(self.width, device=device) < self._room(view, upload(lengths, device))[:, None]
+        for number in range(int(lengths.max(initial=0))):
+            if number:
+                hidden = self._run(view.passes.advance(tokens[:, number - 1], number - 1))
+            drawn = view.passes.draw(self.model.logits(hidden), number)
+            tokens[:, number] = torch.where(within[:, number], drawn, -1)
+        parents = torch.arange(-1, self.width - 1, dtype=torch.int32, device=device)
+        return tokens, parents.expand(len(tokens), -1), within.sum(-1, dtype=torch.int32)
+
+    def _lengths(self, view: DraftView) -> np.ndarray:
+        """[R] int32: how many drafts to propose; none for rows in the middle of their prompt."""
+        lengths = np.zeros(len(view.host_slots), np.int32)
+        rows = np.flatnonzero(view.host_sampled)
+        lengths[rows] = self.length.lengths(view.host_slots[rows]) if self.length else self.width
+        return lengths
+
+    def _room(self, view: DraftView, lengths: Tensor) -> Tensor:
+        """[R]: the same within the positions that the draft model was made for."""
+        return torch.minimum(lengths, self.limit - view.known).clamp(min=0)
+
+    def _run(self, batch: DraftBatch) -> Tensor:
+        """Hidden states [N, H]. Tokens past the last position are not stored, and what comes of them is not used."""
+        batch.forward.positions = batch.forward.positions.clamp(max=self.limit - 1)
+        return self.model(batch.forward)
