@@ -35,7 +35,7 @@ workloads, processes = _module("workloads"), _module("processes")
 def ours(folder: Path, threads: int) -> Callable[[Requests], float | None]:
     from kernel_core import Engine, SamplingParams
 
-    only = {"profile": "none", "plugins": {"safetensors": {}}}  # token ids in, token ids out
+    only = {"profile": "none", "plugins": {"safetensors": {}, "prefix_caching": {}}}  # token ids in, token ids out
     engine = Engine(model=str(folder), device="cpu", threads=threads, max_model_len=MAX_LEN, **only)
     print(engine.summary, file=sys.stderr)
 
@@ -120,7 +120,9 @@ def llama_cpp(folder: Path, threads: int) -> Callable[[Requests], float | None]:
 
     file = folder.with_suffix(".gguf")
     if not file.exists():
-        raise SystemExit(f"{file} is missing: convert {folder} with llama.cpp's convert_hf_to_gguf.py --outtype bf16")
+        from gguf_checkpoint import convert
+
+        convert(folder, file)
     model = Llama(str(file), n_ctx=MAX_LEN, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def run(requests: Requests) -> float | None:
@@ -179,9 +181,10 @@ def measure(
     """The least disturbed of a few attempts; the first undisturbed one ends them."""
     base, _, busy = name.partition("-")
     workload = workloads.WORKLOADS[base]
-    requests = (workload if scale == 1 else workload.scaled(scale)).make(vocab)
+    workload = workload if scale == 1 else workload.scaled(scale)
     runs = []
-    for _ in range(attempts):
+    for attempt in range(attempts):  # with new tokens each time: nothing is found in a cache
+        requests = workload.make(vocab, seed=2 * attempt + bool(busy))
         runs.append(once(run, requests, requests, bool(busy)))
         if runs[-1]["foreign_cores"] <= disturbed:
             break

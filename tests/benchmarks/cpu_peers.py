@@ -4,7 +4,8 @@
     python tests/benchmarks/cpu_peers.py --quick    # a tiny shape and a tenth of the work: does it run?
 
 Peers are measured when their environment exists: build/bench-envs/NAME/bin/python (transformers: also the one that runs this).
-Every run records how many cores were busy with something else; disturbed runs are repeated.
+Every run records how many cores were busy with something else; disturbed runs are repeated. The floor of one stream's decode is a
+plain read of the weights by as many threads, before and after every engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -55,6 +57,11 @@ def make_checkpoint(name: str) -> Path:
     return folder
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def python_of(engine: str) -> str | None:
     """The interpreter of an engine's environment; None: there is none."""
     folder = ENGINES[engine][0]
@@ -79,6 +86,27 @@ def run_engine(engine: str, python: str, folder: Path, arguments: argparse.Names
         lines = (done.stderr or "").strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
     return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(time.monotonic() - start, 2)}
+
+
+def plain_reads(bytes_: int, threads: int, times: int = 5) -> list[float]:
+    """Seconds that reading so many bytes of memory takes."""
+    import cpu_kernels
+
+    cpu_kernels.threads.set_num_threads(threads)
+    read = cpu_kernels.reader()
+    return [seconds for _ in range(times) for seconds in cpu_kernels.medians(1, lambda: read(bytes_))]
+
+
+def single_stream(results: dict[str, dict[str, Any]], floor: float) -> list[str]:
+    """Decoding alone, workload (a): tokens a second after the first, and how far from the floor."""
+    lines = [f"a plain read of the weights takes {floor * 1e3:.1f} ms: at most {1 / floor:.1f} tokens/s of decode in (a)"]
+    for engine, result in results.items():
+        found = result.get("workloads", {}).get("a")
+        if found and found["ttft_mean_s"]:
+            speed = (found["output_tokens"] - 1) / (found["seconds"] - found["ttft_mean_s"])
+            share = f"{speed * floor:.0%} of the floor, first token after {found['ttft_mean_s'] * 1e3:.0f} ms"
+            lines.append(f"  {engine}: {speed:.1f} tokens/s, {share}")
+    return lines
 
 
 def table(results: dict[str, dict[str, Any]], workloads: list[str]) -> str:
@@ -117,6 +145,8 @@ def main() -> int:
     arguments.workloads = arguments.workloads.split(",")
     folder = make_checkpoint("quick" if arguments.quick else "full")
     results: dict[str, dict[str, Any]] = {}
+    size = (folder / "model.safetensors").stat().st_size
+    reads = plain_reads(size, arguments.threads)
     for engine in arguments.engines.split(","):
         python = python_of(engine)
         if python is None:
@@ -124,9 +154,13 @@ def main() -> int:
             continue
         print(f"{engine}: running ...", file=sys.stderr)
         results[engine] = run_engine(engine, python, folder, arguments)
+        reads += plain_reads(size, arguments.threads)
+    floor = statistics.median(reads)
+    facts = {"threads": arguments.threads, "quick": arguments.quick, "plain_read_seconds": floor, "weight_bytes": size}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"threads": arguments.threads, "quick": arguments.quick, "engines": results}, indent=1))
+    arguments.out.write_text(json.dumps({**facts, "cpu": cpu_name(), "engines": results}, indent=1))
     print(table(results, arguments.workloads))
+    print("\n".join(single_stream(results, floor)))
     print(f"written to {arguments.out}")
     return 1 if "error" in results.get("ours", {}) else 0
 
