@@ -29,6 +29,7 @@ from kernel_core.plan import (
 )
 from kernel_core.protocols import (
     CheckpointFormat,
+    Connector,
     Executor,
     Handle,
     Observer,

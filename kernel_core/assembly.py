@@ -121,6 +121,7 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
         resources=tuple(made for _, made in engine.call("make_resource", context)),
         observers=tuple(made for _, made in engine.call("make_observer")),
         prefix_index=next((made for _, made in engine.call("make_prefix_index", context)), None),
+        connector=next((made for _, made in engine.call("make_connector", context)), None),
     )
 
 

@@ -38,6 +38,7 @@ class BlockPool:
         self.idle = 0
         self.deferred = 0  # blocks that nobody holds but a plan in flight names
         self.group, self.index = group, index
+        self.evicted: Callable[[int, np.ndarray, Sequence[bytes]], None] | None = None  # hears of blocks about to be overwritten
         self._shares = 0  # references beyond a block's first
         self._stack = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)  # the top, at index free - idle - 1, is taken first
         self._waiting: deque[tuple[int, int, np.ndarray]] = deque()  # (plan, number of the release, ids)
@@ -128,10 +129,12 @@ class BlockPool:
 
     def _evict(self, count: int) -> None:
         assert self.index is not None
-        ids = self.index.evict(self.group, count)
+        ids, keys = self.index.evict(self.group, count)
         if ids.size != count or self.wakes(ids) != count or not self.kept[ids].all():
             raise PluginError(f"the prefix index was asked for {count} idle blocks and gave {ids}")
         self.forget(ids)
+        if self.evicted is not None:
+            self.evicted(self.group, ids, keys)
 
     def forget(self, ids: np.ndarray) -> None:
         """The index keeps these blocks no longer."""
@@ -405,6 +408,16 @@ class KVBlocks:
         handle = BlockHandle(tokens, tuple(ids), tuple(first), owner, deadline)
         self._handles.add(handle)
         return handle
+
+    def reserve(self, matched: Sequence[np.ndarray], count: int) -> tuple[BlockHandle, tuple[np.ndarray, ...]]:
+        """References to matched blocks of each group and to `count` fresh ones, and which the fresh ones are."""
+        for group, ids in zip(self.groups, matched):
+            group.pool.share(ids)
+        fresh = tuple(group.pool.take(count) for group in self.groups)
+        both = tuple(np.concatenate(pair) for pair in zip(matched, fresh))
+        handle = BlockHandle(0, both, (0,) * len(both))
+        self._handles.add(handle)
+        return handle, fresh
 
     def drop(self, handle: BlockHandle, after: int) -> None:
         """Give a handle's references back; idempotent."""

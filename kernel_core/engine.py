@@ -20,7 +20,7 @@ from kernel_core.intake import Accepted, Intake, Prompt
 from kernel_core.loop import OverlappedLoop, PlainLoop
 from kernel_core.outputs import Outputs, Tracked
 from kernel_core.plan import Allocation, WorkerReport
-from kernel_core.protocols import Executor, Observer, Policy, PrefixIndex, Resource, TextCodec
+from kernel_core.protocols import Connector, Executor, Observer, Policy, PrefixIndex, Resource, TextCodec
 from kernel_core.request import RequestOutput, SamplingParams, Updates
 from kernel_core.scheduler import Scheduler
 
@@ -35,6 +35,7 @@ class EngineParts:
     resources: tuple[Resource, ...] = ()
     observers: tuple[Observer, ...] = ()
     prefix_index: PrefixIndex | None = None
+    connector: Connector | None = None
 
 
 class EngineCore:
@@ -69,6 +70,7 @@ class EngineCore:
             *(policy, made.resources, depth),
             policy_plugin=name,
             prefix_index=made.prefix_index,
+            connector=made.connector,
         )
         self.loop: PlainLoop | OverlappedLoop
         if depth == 1:

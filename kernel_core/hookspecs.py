@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kernel_core.manifest import Constraint
     from kernel_core.nn.protocols import (
         AttentionBackend,
+        BlockAccess,
+        BlockStore,
         Device,
         Drafter,
         LogitsTransform,
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
         WeightFormat,
         WorkerContext,
     )
-    from kernel_core.protocols import Call, CheckpointFormat, Executor, Observer, Policy, PrefixIndex, RequestPreparer, Resource
+    from kernel_core.protocols import (
+        Call,
+        CheckpointFormat,
+        Connector,
+        Executor,
+        Observer,
+        Policy,
+        PrefixIndex,
+        RequestPreparer,
+        Resource,
+    )
 
 PROJECT = "kernel_core"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,6 +120,13 @@ def make_prefix_index(context: EngineContext) -> PrefixIndex | None:
 
 @hookspec
 @home("engine", composes="exclusive")
+def make_connector(context: EngineContext) -> Connector | None:
+    """Keep the KV blocks that a prefix index evicts somewhere else, and bring them back."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("engine", composes="exclusive")
 def make_executor(context: BuildContext, plan: bytes) -> Executor:
     """Run workers somewhere else than in this process. Chosen by `executor = "<plugin>"` or by being the only one enabled.
 
@@ -148,6 +167,13 @@ def probe_device(section: Any) -> str | None:
 @home("worker", composes="all")
 def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
     """Register implementations of semantic ops, each with a predicate and a priority."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="all")
+def make_block_store(context: WorkerContext, blocks: BlockAccess) -> BlockStore:
+    """The worker part of a connector: takes its jobs, and reads and writes KV blocks. Called once KV is allocated."""
     raise NotImplementedError
 
 

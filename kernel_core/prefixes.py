@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from kernel_core.blocks import BlockHandle, KVBlocks
+from kernel_core.fetches import Fetches
 from kernel_core.plan import NO_PREFIX_READ, NO_PREFIX_WRITE, PROMPT_LOGPROBS
-from kernel_core.protocols import PrefixHit, PrefixIndex, PrefixRequest
+from kernel_core.protocols import Connector, PrefixHit, PrefixIndex, PrefixRequest
 from kernel_core.slots import Slots
 from kernel_core.waiting import Entry, State
 
@@ -26,9 +27,16 @@ class Prefixes:
     """`wake` gets a request whose gate opens. `lookback`: positions of a hit that a drafter needs computed again."""
 
     def __init__(
-        self, index: PrefixIndex | None, kv: KVBlocks, slots: Slots, lookback: int, wake: Callable[[Entry], None]
+        self,
+        index: PrefixIndex | None,
+        kv: KVBlocks,
+        slots: Slots,
+        lookback: int,
+        wake: Callable[[Entry], None],
+        connector: Connector | None = None,
     ) -> None:
         self.index, self.kv, self.slots, self.wake = index, kv, slots, wake
+        self.fetches = Fetches(connector, index, kv, wake) if connector is not None and index is not None else None
         self.recompute = max(lookback, 1)
         self.writes = np.zeros(slots.since.size, np.bool_)  # slots whose blocks are offered
         self.waiters: dict[int, list[tuple[int, Entry]]] = {}  # by slot, (committed tokens that they wait for, who)
@@ -67,8 +75,14 @@ class Prefixes:
         hit = self._match(self.index, entry) if self.index is not None else None
         return 0 if hit is None else max(hit.tokens, hit.until if hit.owner >= 0 else 0)
 
-    def find(self, entry: Entry) -> BlockHandle | None:
-        """What the request can share, or None. It may have to wait instead: then its gate is closed.
+    @property
+    def fetching(self) -> bool:
+        """Is there something that will give blocks back by itself?"""
+        return self.fetches is not None and bool(self.fetches.running)
+
+    def find(self, entry: Entry, spare: list[int]) -> BlockHandle | None:
+        """What the request can share, or None. It may have to wait instead: then a gate is closed. `spare`: blocks per group that
+        may be taken for what a connector stores of it.
 
         It waits for a running request that is computing more of its prompt than it waited for before, so not for ever."""
         hit = self._match(self.index, entry) if self.index is not None else None
@@ -78,6 +92,8 @@ class Prefixes:
             entry.awaited = hit.until
             entry.closed_gates.add(GATE)
             self.waiters.setdefault(hit.owner, []).append((hit.until, entry))
+        elif self.fetches is not None:
+            self.fetches.start(entry, hit, spare)
         return BlockHandle(hit.tokens, hit.ids, hit.first, OWNER) if hit.tokens else None
 
     def whole_blocks(self, handle: BlockHandle) -> BlockHandle:
@@ -184,6 +200,8 @@ class Prefixes:
             return
         self._untold = []
         self.index.reset()
+        if self.fetches is not None:
+            self.fetches.reset()
         self.writes[:] = self._owes[:] = False
         for group in self.kv.groups:
             group.pool.forget(np.flatnonzero(group.pool.kept))

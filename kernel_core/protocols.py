@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from kernel_core.plan import Allocation, Job, Span, StepPlan, StepResult, WorkerReport
+from kernel_core.plan import Ack, Allocation, Job, Span, StepPlan, StepResult, WorkerReport
 from kernel_core.request import SamplingParams
 
 
@@ -146,8 +146,18 @@ class PrefixIndex(Protocol):
         """These idle blocks were matched and are referred to again. Rate: request."""
         ...
 
-    def evict(self, group: int, count: int) -> np.ndarray:
-        """Keep `count` of the idle blocks no longer, and say which: int [count]. There are as many. Rate: step, on shortage."""
+    def evict(self, group: int, count: int) -> tuple[np.ndarray, Sequence[bytes]]:
+        """Keep `count` of the idle blocks no longer: which (int [count], there are as many) and the key of each one's content.
+        Rate: step, on shortage."""
+        ...
+
+    def keys(self, request: PrefixRequest) -> Sequence[bytes]:
+        """The keys of a request's full blocks, in order. Equal keys mean equal content, in this and in any other process.
+        Rate: request, only with a connector."""
+        ...
+
+    def restore(self, keys: Sequence[bytes], ids: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Blocks ids[g][i] (int) hold the content keys[i] again → per group bool [n]: which are kept from now on. Rate: load."""
         ...
 
     def drop(self, group: int, ids: np.ndarray) -> None:
@@ -161,6 +171,35 @@ class PrefixIndex(Protocol):
 
     def held(self, group: int) -> np.ndarray:
         """The blocks that are kept, int, any order: `check()` compares them with the pool. Rate: when idle."""
+        ...
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """Keeps KV blocks that the pools have no room for, and brings them back. Engine part, host, one thread; its jobs are done by
+    the plugin's worker part (`make_block_store`) on every rank, those of one plan in order and before that plan's forward."""
+
+    name: str  # of the plugin whose worker part takes the jobs
+
+    def evicted(self, group: int, ids: np.ndarray, keys: Sequence[bytes]) -> None:
+        """These blocks (int [n]) of a group will be overwritten by the plan that is being made. Rate: step, on shortage."""
+        ...
+
+    def saves(self) -> Sequence[Job]:
+        """Jobs that read what was evicted since the last call, for the plan that is being made. Rate: step."""
+        ...
+
+    def find(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys, from the first on, are stored for every group. Rate: request."""
+        ...
+
+    def load(self, keys: Sequence[bytes], ids: Sequence[np.ndarray]) -> Job:
+        """A job that writes what is stored under keys[i] into block ids[g][i] of every group g. A failed one (Ack.error) costs
+        time only: what its blocks hold is never used. Rate: request."""
+        ...
+
+    def done(self, ack: Ack) -> None:
+        """One of its jobs was acknowledged. Rate: job."""
         ...
 
 

@@ -22,7 +22,7 @@ from kernel_core.families import GATE, Families
 from kernel_core.plan import Ack, Allocation, Capabilities, Job, KVGroup, Opened, StepPlan, StepResult
 from kernel_core.policy import FirstComeFirstServed
 from kernel_core.prefixes import Prefixes
-from kernel_core.protocols import Policy, PrefixIndex, RequestView, Resource
+from kernel_core.protocols import Connector, Policy, PrefixIndex, RequestView, Resource
 from kernel_core.request import ABORT, ERROR, LENGTH, RUNNING, STOP, Request, Updates
 from kernel_core.selection import Selection, Selector
 from kernel_core.slots import Slots
@@ -63,6 +63,7 @@ class Scheduler:
         depth: int = 1,
         policy_plugin: str | None = None,
         prefix_index: PrefixIndex | None = None,
+        connector: Connector | None = None,
     ) -> None:
         self.allocation, self.depth = allocation, depth
         self.policy = policy or FirstComeFirstServed()
@@ -72,7 +73,7 @@ class Scheduler:
         self.families = Families(self.kv)
         reads_hits = prefix_index is not None and getattr(self.policy, "reads_hits", False)
         self.queue = WaitingQueue(self.policy, config.policy_passes, self._view_with_hit if reads_hits else self.view)
-        self.prefixes = Prefixes(prefix_index, self.kv, self.slots, allocation.lookback, self.queue.push)
+        self.prefixes = Prefixes(prefix_index, self.kv, self.slots, allocation.lookback, self.queue.push, connector)
         parts = (self.slots, self.kv, self.queue, self.families, self.prefixes)
         self.selector = Selector(config, allocation, capabilities, self.policy, self.resources, parts, self, depth)
         self.preemptions = 0
@@ -193,6 +194,8 @@ class Scheduler:
     def _acked(self, ack: Ack) -> None:
         """The ack of job (plugin, key) opens the gate "plugin:key" of every request that waits for it."""
         self._unacked.discard((ack.plugin, ack.key))
+        if self.prefixes.fetches is not None and self.prefixes.fetches.acked(ack, self.slots.last_plan):
+            return
         gate = f"{ack.plugin}:{ack.key}"
         for entry in list(self._entries.values()):
             if gate in entry.closed_gates:
@@ -248,7 +251,7 @@ class Scheduler:
     def _close(self, entry: Entry) -> None:
         """The request leaves its slot; blocks and slot are free when the last plan that names them is done."""
         slot = self.slots.close(entry)
-        entry.prefix = None
+        entry.prefix, entry.fetched = None, False
         self.prefixes.closed(slot)
         self.families.computing.pop(entry, None)
         self.kv.close(slot, self.slots.last_plan)
@@ -324,6 +327,8 @@ class Scheduler:
         slots.computed[rows] = ends
         slots.known[rows] += room
         slots.last[rows] = slots.last_plan
+        if self.prefixes.fetches is not None:
+            self._jobs += self.prefixes.fetches.jobs()
         copies = self.kv.copies([(entry.slot, handle) for entry, handle in sel.forks])
         for entry, _ in sel.forks:
             self.families.seated(entry, slots.last_plan)

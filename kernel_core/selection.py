@@ -192,7 +192,7 @@ class Selector:
             sel.short = True
             if self.families.evict(self.slots.last_plan):
                 continue
-            if any(self.kv.deferred()):
+            if any(self.kv.deferred()) or self.prefixes.fetching:
                 return False  # a commit will bring them
             victim = self._victim()
             if victim is None:
@@ -273,7 +273,7 @@ class Selector:
     def _admit(self, sel: Selection, entry: Entry, spare: list[int]) -> bool:
         """Try the first in line; False: nobody else is admitted in this step."""
         known = entry.tokens.size
-        handle = self.families.prefix(entry) or self.prefixes.find(entry)
+        handle = self.families.prefix(entry) or self.prefixes.find(entry, spare)
         if entry.closed_gates:
             self.queue.gate(entry)
             return True
@@ -316,7 +316,7 @@ class Selector:
 
     def _no_blocks(self, sel: Selection, entry: Entry, demand: list[int]) -> bool:
         """The first in line waits for blocks; when nobody is left to free any, it cannot be served."""
-        if sel.inflight or sel.more or self.slots.rows.size or any(self.kv.deferred()):
+        if sel.inflight or sel.more or self.slots.rows.size or any(self.kv.deferred()) or self.prefixes.fetching:
             return False
         if not self.families.evict(self.slots.last_plan):
             self.lifecycle.fail(entry, NO_ROOM.format(need=demand, have=self.kv.free()))

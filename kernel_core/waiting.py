@@ -40,6 +40,7 @@ class Entry:
     cached: int | None = None  # hit tokens when it was first scheduled
     reported: int = 0
     prefix: PrefixRequest | None = None  # as the prefix index sees it, while `tokens` is what is known of it
+    fetched: bool = False  # what a connector stores of it was fetched since it last had a slot
     awaited: int = 0  # tokens of its prompt that it waited for another request to compute
 
     @property

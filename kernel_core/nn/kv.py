@@ -70,6 +70,27 @@ def kv_groups(specs: Sequence[AttentionSpec], choose: Choose, dtype: torch.dtype
     )
 
 
+class Blocks:
+    """Implements `BlockAccess` over the KV of all layers. Raises ConfigError when a backend does not show its blocks."""
+
+    def __init__(self, store: KVStore) -> None:
+        self._device = store.device
+        self._tensors = [[t for layer in group.layers for t in store.blocks(layer, group)] for group in store.groups]
+        self.bytes_per_block = [sum(t[0].nbytes for t in tensors) for tensors in self._tensors]
+
+    def read(self, group: int, ids: Sequence[int]) -> Tensor:
+        index = torch.tensor(ids, device=self._device)
+        parts = [t[index].flatten(1).view(torch.uint8) for t in self._tensors[group]]
+        return torch.cat(parts, 1).cpu()
+
+    def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
+        index = torch.tensor(ids, device=self._device)
+        parts = data.split([t[0].nbytes for t in self._tensors[group]], 1)
+        for tensor, part in zip(self._tensors[group], parts, strict=True):
+            values = part.contiguous().view(tensor.dtype).to(self._device)
+            tensor[index] = values.view(len(ids), *tensor.shape[1:])
+
+
 class KVStore:
     """KV of all layers: `kv[layer]`, opaque to all but the layer's backend."""
 
@@ -122,6 +143,13 @@ class KVStore:
                 groups.append(list(by_backend.values()))
             self._shared[only] = groups
         return self._shared[only]
+
+    def blocks(self, layer: str, group: KVGroup) -> Sequence[Tensor]:
+        """The tensors of one layer, by block. Raises ConfigError."""
+        backend = self.backends[layer]
+        if not hasattr(backend, "blocks"):
+            raise ConfigError(f"KV blocks cannot leave the device: the attention backend {backend.name} does not show them")
+        return backend.blocks(self.kv[layer], self.specs[layer], group.block_size)
 
     def copy(self, group: int, src: Tensor, dst: Tensor) -> None:
         """Copy single tokens (int64 [n] slots) in all layers of a group."""

@@ -99,6 +99,46 @@ class AttentionBackend(Protocol):
         0 → 0 are padding. Rate: step."""
         ...
 
+    # May also have `blocks(kv, spec, block_size) -> Sequence[Tensor]`, rate build: the tensors that hold one layer's KV, each
+    # with the block as its first dimension and a block's part contiguous. Without it KV blocks cannot leave the device.
+
+
+class BlockAccess(Protocol):
+    """Whole KV blocks of a group, all its layers together, as bytes. For a connector's worker part, in the worker's thread,
+    between two steps. A block may be written while nothing but its job knows it."""
+
+    bytes_per_block: Sequence[int]  # per group
+
+    def read(self, group: int, ids: Sequence[int]) -> Tensor:
+        """→ uint8 [n, bytes_per_block] on the host."""
+        ...
+
+    def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
+        """uint8 [n, bytes_per_block] on the host, as `read` gave it."""
+        ...
+
+
+@runtime_checkable
+class LongJob(Protocol):
+    """A job that goes on while steps run."""
+
+    def done(self, wait: float) -> bool:
+        """Has it ended, or does it within `wait` seconds? Rate: step."""
+        ...
+
+    def finish(self) -> None:
+        """Called once when it has ended, between two steps. What it raises is the error of its ack."""
+        ...
+
+
+class BlockStore(Protocol):
+    """The worker part of a connector. `close()`, where there is one, is called at the end."""
+
+    def job(self, data: bytes) -> LongJob | None:
+        """Do a job of the connector before the forward of the plan it came with, or begin it. What it raises is the ack's
+        error."""
+        ...
+
 
 # ---- model -------------------------------------------------------------------------------------------------------
 

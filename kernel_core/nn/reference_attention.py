@@ -84,6 +84,9 @@ class ReferenceAttention:
             out[row.begin : row.end] = attend(q[row.begin : row.end], keys[row.slots], values[row.slots], mask, spec, sinks)
         return out
 
+    def blocks(self, kv: tuple[Tensor, Tensor], spec: AttentionSpec, block_size: int) -> Sequence[Tensor]:
+        return [cache.unflatten(0, (-1, block_size)) for cache in kv]
+
     def copy_kv(self, kv: tuple[Tensor, Tensor], spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
         for cache in kv:
             cache[dst] = cache[src]

@@ -24,7 +24,7 @@ from kernel_core.nn.kv import KVStore
 from kernel_core.nn.logprobs import LogprobColumns, prompt_logprobs
 from kernel_core.nn.passes import DraftLayers
 from kernel_core.nn.pending import Pending
-from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, Model, StepInputs
+from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, LongJob, Model, StepInputs
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import Download
@@ -38,7 +38,8 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "graphs": lambda model: model,
     "sampler": Sampler,
 }
-Jobs = Mapping[str, Callable[[bytes], bytes]]  # by plugin: what its worker part does with a job
+Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
+IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
 
 class Runner:
@@ -76,6 +77,7 @@ class Runner:
         self.step_inputs = _owned(step_inputs)
         self.layers = frozenset(kv.specs) - draft_layers  # the model's own
         self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
+        self._going_on: list[tuple[Job, LongJob]] = []
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
 
     # ---- the step
@@ -130,7 +132,7 @@ class Runner:
             self._settle_all()
             self._open_and_close(plan)
         self.tables.update(plan.new_blocks)
-        acks = tuple(self._run_job(job) for job in plan.jobs)
+        acks = self._run_jobs(plan) if plan.jobs or self._going_on else ()
         self.kv.copy_planned(plan.copies)
         return acks
 
@@ -152,15 +154,25 @@ class Runner:
             for part in listeners:
                 part.opened(item)
 
-    def _run_job(self, job: Job) -> Ack:
+    def _run_jobs(self, plan: StepPlan) -> tuple[Ack, ...]:
+        """Begin the plan's jobs → acks of those that are done, earlier ones included."""
+        acks = []
+        for job in plan.jobs:
+            ack, going_on = self._run_job(job)
+            if isinstance(going_on, LongJob):
+                self._going_on.append((job, going_on))
+            else:
+                acks.append(ack)
+        wait = 0.0 if len(plan.rows) else IDLE_WAIT
+        done = [item for item in self._going_on if item[1].done(wait)]
+        self._going_on = [item for item in self._going_on if item not in done]
+        return (*acks, *(_attempt(job, long_job.finish)[0] for job, long_job in done))
+
+    def _run_job(self, job: Job) -> tuple[Ack, Any]:
         handler = self.jobs.get(job.plugin)
         if handler is None:
-            return Ack(job.plugin, job.key, f"plugin {job.plugin!r} takes no jobs: it registers no call named 'job'")
-        try:
-            handler(job.data)
-        except Exception as error:  # noqa: BLE001 - a failed job ends its request, not the worker
-            return Ack(job.plugin, job.key, f"{type(error).__name__}: {error}")
-        return Ack(job.plugin, job.key)
+            return Ack(job.plugin, job.key, f"plugin {job.plugin!r} takes no jobs: it registers no call named 'job'"), None
+        return _attempt(job, lambda: handler(job.data))
 
     def _forward_arguments(self, step: Step) -> Forward:
         named: dict[str, Tensor] = {}
@@ -331,3 +343,11 @@ class _Clock:
 
     def done(self) -> dict[str, float]:
         return {**self._laps, "total": perf_counter() - self.started}
+
+
+def _attempt(job: Job, work: Callable[[], Any]) -> tuple[Ack, Any]:
+    """Its ack, and what it returned."""
+    try:
+        return Ack(job.plugin, job.key), work()
+    except Exception as error:  # noqa: BLE001 - a failed job ends its request, not the worker
+        return Ack(job.plugin, job.key, f"{type(error).__name__}: {error}"), None

@@ -18,7 +18,7 @@ from kernel_core.checkpoints import find_checkpoint
 from kernel_core.contexts import BuildContext, ModelInfo
 from kernel_core.errors import CapacityError, ConfigError, PluginError
 from kernel_core.manifest import ModelFamily
-from kernel_core.nn.kv import AttentionChoice, KVStore, attention_specs, choose_block_size, kv_groups
+from kernel_core.nn.kv import AttentionChoice, Blocks, KVStore, attention_specs, choose_block_size, kv_groups
 from kernel_core.nn.memory import activation_bytes, split_memory, weight_bytes
 from kernel_core.nn.protocols import AttentionSpec, Device, Drafter, LayeredDrafter, ModelContext, Target, WorkerContext
 from kernel_core.nn.reference_attention import ReferenceAttention
@@ -170,9 +170,17 @@ class Worker:
             step_inputs=[made for _, made in self._all("make_step_inputs")],
             drafter=self.drafter,
             draft_layers=self.draft_layers,
-            jobs={name.removesuffix("." + JOB): call for name, call in self._calls.items() if name.endswith("." + JOB)},
+            jobs=self._jobs(kv),
             parts=self.device.runner_parts(),
         )
+
+    def _jobs(self, kv: KVStore) -> dict[str, Callable[[bytes], Any]]:
+        """By plugin, what takes its jobs."""
+        jobs = {name.removesuffix("." + JOB): call for name, call in self._calls.items() if name.endswith("." + JOB)}
+        if self.registry.hooks("make_block_store"):
+            made = self.registry.call("make_block_store", self.context, blocks=Blocks(kv))
+            jobs.update({plugin: store.job for plugin, store in made})
+        return jobs
 
     def submit(self, plan: StepPlan) -> Pending:
         """Start a step. Where the device declares `async_submit` this returns while it runs. Rate: step."""

@@ -38,6 +38,7 @@ class NullScript:
     fail: Mapping[str, int] | None = None
     lose: Mapping[str, int] | None = None
     bad_jobs: frozenset[str] = frozenset()
+    worker_parts: Mapping[str, Callable[[list[np.ndarray], bytes], None]] | None = None  # by plugin: (KV by group, data) → a job
     ack_after: int = 0  # plans that pass before a job is acked
     die_at: int | None = None  # plan id
 
@@ -120,6 +121,9 @@ class NullDevice:
                 self.prints[slot, : opened.token_ids.size + 1] = fingerprints(before, opened.token_ids)
         for table, update in zip(self.tables, plan.new_blocks):
             table[update.slots, update.columns] = update.ids
+        for job in plan.jobs if self.check_kv else ():
+            if self.script.worker_parts and job.plugin in self.script.worker_parts:
+                self.script.worker_parts[job.plugin](self.kv, job.data)
         if self.check_kv:
             for kv, copies in zip(self.kv, plan.copies):
                 kv[copies.dst] = kv[copies.src]

@@ -16,10 +16,10 @@ from kernel_prefix_caching.index import HashIndex
 from kernel_core.config import EngineConfig
 from kernel_core.plan import NO_PREFIX_READ, NO_PREFIX_WRITE, Allocation, Capabilities, Job, KVGroup, SamplingRow
 from kernel_core.policy import FirstComeFirstServed
-from kernel_core.prefixes import GATE
 from kernel_core.request import ABORT, ERROR, FINISH_REASONS, LENGTH, STOP, Request
 from kernel_core.scheduler import Scheduler
 from kernel_core.testing.null import NullExecutor, NullScript, null_tokens
+from kernel_core.wire import decode, encode
 
 VOCAB, LENGTH_LIMIT = 40, 48
 FULL, WINDOW = KVGroup("full", 4, 1, ("f",)), KVGroup("window", 4, 1, ("w",), window=6)
@@ -76,6 +76,47 @@ class Places:
         self.held.pop(request_id, None)
 
 
+class Store:
+    """A connector and its worker part: what was evicted is kept for good, under its key."""
+
+    name = "store"
+
+    def __init__(self, groups):
+        self.size, self.content, self.known = groups[0].block_size, [{} for _ in groups], set()
+        self.unsaved, self.jobs, self.loaded = [], 0, 0
+
+    def evicted(self, group, ids, keys):
+        self.unsaved += [(group, block, key) for block, key in zip(ids.tolist(), keys)]
+
+    def job(self, *what):
+        self.jobs += 1
+        return Job("store", str(self.jobs), encode(what))
+
+    def saves(self):
+        saves, self.unsaved = self.unsaved, []
+        return [self.job("save", saves)] if saves else []
+
+    def find(self, keys):
+        stored = (all(key in content for content in self.content) for key in keys)
+        return next((i for i, there in enumerate(stored) if not there), len(keys))
+
+    def load(self, keys, ids):
+        self.loaded += len(keys)
+        return self.job("load", [(g, b, key) for g, blocks in enumerate(ids) for b, key in zip(blocks.tolist(), keys)])
+
+    def done(self, ack):
+        self.known.add(ack.key)
+
+    def work(self, kv, data):
+        what, blocks = decode(data, tuple[str, list[tuple[int, int, bytes]]])
+        for group, block, key in blocks:
+            place = slice(block * self.size, (block + 1) * self.size)
+            if what == "save":
+                self.content[group][key] = kv[group][place].copy()
+            else:
+                kv[group][place] = self.content[group][key]
+
+
 @dataclass
 class Twin:
     """What the test knows of a request."""
@@ -101,7 +142,7 @@ class Twin:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    with_index = False
+    with_index, with_store = False, False
 
     @initialize(data=st.data())
     def start(self, data):
@@ -142,7 +183,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         same_size = {g.block_size for g in groups} == {4}
         self.index = HashIndex(groups, blocks) if self.with_index and same_size else None
         parts = (self.device, self.policy, [self.places], self.depth)
-        self.scheduler = Scheduler(config, groups, allocation, *parts, prefix_index=self.index)
+        self.store = Store(groups) if self.with_store and self.index is not None else None
+        if self.store is not None:
+            self.script.worker_parts = {"store": self.store.work}
+            self.script.bad_jobs = draw(st.sampled_from([frozenset(), frozenset({"2", "5", "6"})]))
+        self.scheduler = Scheduler(config, groups, allocation, *parts, prefix_index=self.index, connector=self.store)
         self.capacity = tuple(n - 1 for n in blocks)
         self.slots = slots
         self.twins: dict[str, Twin] = {}
@@ -238,7 +283,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, handle = self.flying.popleft()
         result = handle.result()
         for ack in result.acks:
-            self.twins[ack.key].gates.discard(f"{ack.plugin}:{ack.key}")
+            if ack.plugin == "plugin":
+                self.twins[ack.key].gates.discard(f"{ack.plugin}:{ack.key}")
         live = [i for i, slot in enumerate(plan.rows.tolist()) if self.scheduler.slots.since[slot] <= plan.plan_id]
         updates = self.scheduler.commit(plan, result)
         self.waiting[plan.rows[live]] = result.drafts[live]
@@ -282,7 +328,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         flying = {int(s) for plan, _ in self.flying for s in plan.rows}
         for twin in self.live():
             plain = not (twin.gates or twin.request.resources or twin.request.family) and twin.slot < 0 and not twin.got
-            plain = plain and not (self.index and GATE in self.scheduler._entries[twin.request.id].closed_gates)
+            plain = plain and not (self.index and self.scheduler._entries[twin.request.id].closed_gates)
             if plain and not flying and in_order:
                 assert key(twin) > key(in_order[-1]), f"{twin.request.id} was passed over"
         for twin in self.twins.values():
@@ -343,6 +389,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.commit()
             self.nothing_is_lost()
+        assert not self.scheduler.prefixes.fetching
         self.check_updates(self.scheduler.updates())
         assert all(t.finish > 0 for t in self.twins.values()), "a request never ended"
         assert self.scheduler.unfinished == 0 and not self.places.held
@@ -355,8 +402,13 @@ class IndexedMachine(SchedulerMachine):
     with_index = True
 
 
+class StoringMachine(IndexedMachine):
+    with_store = True
+
+
 QUICK = settings(
     max_examples=30, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TestScheduler, TestSchedulerWithIndex = SchedulerMachine.TestCase, IndexedMachine.TestCase
-TestScheduler.settings = TestSchedulerWithIndex.settings = QUICK
+TestSchedulerWithStore = StoringMachine.TestCase
+TestScheduler.settings = TestSchedulerWithIndex.settings = TestSchedulerWithStore.settings = QUICK

@@ -31,6 +31,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.free = [set(range(1, BLOCKS)) for _ in groups]
         self.idle = [[] for _ in groups]  # first evicted first
         self.tokens = np.zeros((SLOTS, LENGTH), np.int32)
+        self.stored = {}  # key → content, of blocks that were evicted
         self.slots = {}  # slot → (identity, known, filled columns, blocks by group)
 
     # ---- the twin's answers
@@ -133,8 +134,13 @@ class IndexMachine(RuleBasedStateMachine):
         if lack > len(self.idle[g]):
             return False
         if lack > 0:
-            given = self.index.evict(g, lack).tolist()
+            ids, keys = self.index.evict(g, lack)
+            given = ids.tolist()
             assert given == self.idle[g][:lack], "not the least recently used ones"
+            for block, key in zip(given, keys):
+                content = next(content for content, kept in self.kept[g].items() if kept == block)
+                assert self.index.keys(asked(content[1], content[0]))[-1] == key
+                self.stored[key] = content
             self.forget(g, given)
             self.idle[g] = self.idle[g][lack:]
         return True
@@ -142,6 +148,24 @@ class IndexMachine(RuleBasedStateMachine):
     def forget(self, g, blocks, free=True):
         self.kept[g] = {key: block for key, block in self.kept[g].items() if block not in blocks}
         self.free[g] |= set(blocks) if free else set()
+
+    @precondition(lambda self: self.stored)
+    @rule(data=st.data())
+    def restore(self, data):
+        key = data.draw(st.sampled_from(sorted(self.stored)))
+        groups = range(len(self.groups))
+        if not all(self.make_room(g, 1) for g in groups):
+            return
+        blocks = [self.free[g].pop() for g in groups]
+        kept = self.index.restore([key], [np.array([block]) for block in blocks])
+        for g, block in enumerate(blocks):
+            assert kept[g].tolist() == [self.stored[key] not in self.kept[g]]
+            if kept[g][0]:
+                self.kept[g][self.stored[key]] = block
+                self.idle[g].append(block)
+                self.index.idle(g, np.array([block]))
+            else:
+                self.free[g].add(block)
 
     def used(self, g, but=None):
         return {block for slot, row in self.slots.items() if slot != but for block in row[3][g].values()}
@@ -232,7 +256,7 @@ def test_later_columns_are_evicted_before_earlier_ones():
     filled(index, list(range(12)))
     index.closed(0)
     index.idle(0, np.array([3, 2, 1]))
-    assert [index.evict(0, 1).tolist() for _ in range(3)] == [[3], [2], [1]]
+    assert [index.evict(0, 1)[0].tolist() for _ in range(3)] == [[3], [2], [1]]
     assert index.held(0).size == 0
 
 

@@ -56,5 +56,8 @@ class PagedAttention:
             first_slot=spec.first_slot,
         )
 
+    def blocks(self, kv: attention.KV, spec: AttentionSpec, block_size: int) -> Sequence[Tensor]:
+        return [kv.data]
+
     def copy_kv(self, kv: attention.KV, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
         attention.copy_kv(kv, src, dst)

@@ -7,7 +7,7 @@ digests mean equal content, and nobody can make up another prompt that has the d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -111,9 +111,13 @@ class Group:
             self.places = {digest: place for digest, place in places.items() if own[place] == digest}
         return new
 
-    def forget(self, ids: Iterable[int]) -> None:
+    def forget(self, ids: Sequence[int]) -> list[bytes]:
+        """Keep these kept blocks no longer → what they hold."""
+        own = self.digests
+        held = [own[block] or b"" for block in ids]
         for block in ids:
-            self.digests[block] = None
+            own[block] = None
+        return held
 
 
 class HashIndex:
@@ -274,10 +278,19 @@ class HashIndex:
     def used(self, group: int, ids: np.ndarray) -> None:
         self._groups[group].idle.remove(ids)
 
-    def evict(self, group: int, count: int) -> np.ndarray:
+    def evict(self, group: int, count: int) -> tuple[np.ndarray, Sequence[bytes]]:
         ids = self._groups[group].idle.take(count)
-        self._groups[group].forget(ids.tolist())
-        return ids
+        return ids, self._groups[group].forget(ids.tolist())
+
+    def keys(self, request: PrefixRequest) -> Sequence[bytes]:
+        return self._chain(request).digests[1:]
+
+    def restore(self, keys: Sequence[bytes], ids: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        kept = [group.keep(keys, blocks.tolist()) for group, blocks in zip(self._groups, ids)]
+        for block, new in zip(ids[0].tolist(), kept[0]):
+            if new:
+                self._siblings.put(b"", block)  # its tokens are not at hand: it is found as a whole only
+        return [np.array(new, np.bool_) for new in kept]
 
     def drop(self, group: int, ids: np.ndarray) -> None:
         self._groups[group].idle.remove(ids)
