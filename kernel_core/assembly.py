@@ -116,12 +116,19 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
             num_blocks=allocation.num_blocks,
         )
 
+    index = next((made for _, made in engine.call("make_prefix_index", context)), None)
+    connector = next(iter(engine.call("make_connector", context)), None)
+    if connector is not None and index is None:
+        raise ConfigError(
+            f"{connector[0]!r} stores the KV blocks that a prefix index gives up, and there is none for this model: enable one "
+            f"that fits, or set plugins.{connector[0]} = false"
+        )
     return EngineParts(
         policy=next(iter(engine.call("make_policy", context)), None),
         resources=tuple(made for _, made in engine.call("make_resource", context)),
         observers=tuple(made for _, made in engine.call("make_observer")),
-        prefix_index=next((made for _, made in engine.call("make_prefix_index", context)), None),
-        connector=next((made for _, made in engine.call("make_connector", context)), None),
+        prefix_index=index,
+        connector=None if connector is None else connector[1],
     )
 
 

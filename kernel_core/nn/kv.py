@@ -77,6 +77,9 @@ class Blocks:
         self._device = store.device
         self._tensors = [[t for layer in group.layers for t in store.blocks(layer, group)] for group in store.groups]
         self.bytes_per_block = [sum(t[0].nbytes for t in tensors) for tensors in self._tensors]
+        shapes = [[(t.dtype, tuple(t.shape[1:])) for t in tensors] for tensors in self._tensors]
+        names = [[(layer, store.backends[layer].name) for layer in group.layers] for group in store.groups]
+        self.layout = repr((shapes, names))
 
     def read(self, group: int, ids: Sequence[int]) -> Tensor:
         index = torch.tensor(ids, device=self._device)

@@ -108,6 +108,7 @@ class BlockAccess(Protocol):
     between two steps. A block may be written while nothing but its job knows it."""
 
     bytes_per_block: Sequence[int]  # per group
+    layout: str  # what these bytes mean: equal between two workers that understand each other's
 
     def read(self, group: int, ids: Sequence[int]) -> Tensor:
         """→ uint8 [n, bytes_per_block] on the host."""

@@ -30,6 +30,7 @@ FEATURES: dict[str, Feature] = {
     "chunked prompts": Feature(keys={"max_tokens_per_step": 7}),
     "preemption": Feature(keys={"kv_blocks": 12, "max_model_len": 160}),
     "prefix_caching": Feature(plugins={"prefix_caching": {}}),
+    "kv_offload": Feature(plugins={"kv_offload": {"host_gib": 0.05}, "prefix_caching": {}}, keys={"kv_blocks": 24}),
     "cache_aware": Feature(plugins={"cache_aware": {}, "prefix_caching": {}}),
     "priority": Feature(plugins={"priority": {}}, priorities=True),
     "ngram": Feature(plugins={"ngram": DRAFTS}),

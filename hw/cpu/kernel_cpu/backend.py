@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from kernel_core.nn.api import AttentionBatch, AttentionSpec
-from kernel_cpu import attention
+from kernel_cpu import attention, build
 
 
 class PagedAttention:
     """The backend of this device: KV in the kernels' own pages, attention over them in place."""
 
-    name = "cpu:paged"
     priority = 100
+
+    @property
+    def name(self) -> str:
+        """The layout of the pages differs without compiled kernels."""
+        return "cpu:paged" if build.library() else "cpu:plain"
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
         dims = (spec.head_dim, spec.v_head_dim)

@@ -1,0 +1,151 @@
+"""The worker part: saves evicted blocks before they are overwritten, and loads stored ones while steps run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from kernel_core.api import decode
+from kernel_core.nn.api import BlockAccess
+from kernel_kv_offload import KVOffloadSection
+from kernel_kv_offload.disk import DiskTier
+from kernel_kv_offload.host import HostTier
+
+GIB = 1 << 30
+Name = tuple[int, bytes]
+Part = tuple[int, list[int], list[bytes]]  # KV group, blocks, keys
+WAITING = 64  # blocks that wait to be written to disk, at most
+
+
+class Missing(Exception):
+    """A block is not stored any more."""
+
+
+class Tiers:
+    """Host memory over disk. What host memory has no room for is written to disk by a thread of its own."""
+
+    def __init__(self, host: HostTier, disk: DiskTier | None) -> None:
+        self.host, self.disk = host, disk
+        self._lock, self._disk_lock = Lock(), Lock()  # of host memory and what is unwritten; of the disk
+        self._writing: dict[Name, Future[None]] = {}
+        self._unwritten: dict[Name, bytes] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv_offload_write") if disk else None
+
+    def __contains__(self, name: Name) -> bool:
+        with self._lock:
+            return name in self.host or name in self._unwritten or (self.disk is not None and name in self.disk)
+
+    def put(self, name: Name, data: Tensor) -> None:
+        """A block that is not stored yet."""
+        while True:
+            with self._lock:
+                if self.host.put(name, data):
+                    return
+                popped = self.host.pop()
+                spilled = (name, data) if popped is None else popped
+                content = spilled[1].numpy().tobytes() if self.disk else b""
+            self._spill(spilled[0], content)
+            if popped is None:
+                return
+
+    def get(self, name: Name) -> Tensor:
+        """uint8 [bytes of a block]. Raises Missing."""
+        with self._lock:
+            row = self.host.get(name)
+            if row is not None:
+                return row.clone()
+            content = self._unwritten.get(name)
+        if content is None and self.disk is not None:
+            with self._disk_lock:
+                content = self.disk.get(name)
+        if content is None or len(content) != self.host.sizes[name[0]]:
+            raise Missing(f"block {name[1].hex()[:16]} of KV group {name[0]} is not stored any more")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    def _spill(self, name: Name, content: bytes) -> None:
+        if self.disk is None or self._writer is None:
+            return
+        self._writing = {key: future for key, future in self._writing.items() if not self._settled(future)}
+        if len(self._writing) >= WAITING:
+            wait_for(list(self._writing.values())[: WAITING // 2])
+        with self._lock:
+            self._unwritten[name] = content
+        self._writing[name] = self._writer.submit(self._write, name, content)
+
+    def _write(self, name: Name, content: bytes) -> None:
+        assert self.disk is not None
+        try:
+            with self._disk_lock:
+                self.disk.put(name, content)
+        finally:
+            with self._lock:
+                self._unwritten.pop(name, None)
+
+    @staticmethod
+    def _settled(future: Future[None]) -> bool:
+        """Raises what the write raised: the disk is full, or gone."""
+        if future.done():
+            future.result()
+        return future.done()
+
+    def close(self) -> None:
+        """Host memory goes to disk, as far as that has room, most recently used last."""
+        if self._writer is None:
+            return
+        while popped := self.host.pop():
+            self._spill(popped[0], popped[1].numpy().tobytes())
+        self._writer.shutdown()
+        for future in self._writing.values():
+            future.result()
+
+
+class Loading:
+    """A LongJob: a thread reads the blocks, the worker's thread writes them to the device."""
+
+    def __init__(self, rows: Future[list[Tensor]], parts: Sequence[Part], blocks: BlockAccess) -> None:
+        self.rows, self.parts, self.blocks = rows, parts, blocks
+
+    def done(self, wait: float) -> bool:
+        return bool(wait_for([self.rows], wait).done)
+
+    def finish(self) -> None:
+        for (group, ids, _), rows in zip(self.parts, self.rows.result()):
+            self.blocks.write(group, ids, rows)
+
+
+class OffloadStore:
+    """Implements `kernel_core.nn.api.BlockStore`."""
+
+    def __init__(self, section: KVOffloadSection, blocks: BlockAccess, folder: Path | None) -> None:
+        self.blocks = blocks
+        disk = DiskTier(folder, int(section.disk_gib * GIB), blocks.layout) if folder else None
+        self.tiers = Tiers(HostTier(blocks.bytes_per_block, int(section.host_gib * GIB)), disk)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv_offload_read")
+
+    def job(self, data: bytes) -> Loading | None:
+        action, parts = decode(data, tuple[str, list[Part]])
+        if action == "load":
+            return Loading(self._reader.submit(self._read, parts), parts, self.blocks)
+        for part in parts:
+            self._save(*part)
+        return None
+
+    def _save(self, group: int, ids: list[int], keys: list[bytes]) -> None:
+        new = [(block, key) for block, key in zip(ids, keys) if (group, key) not in self.tiers]
+        if new:
+            for (_, key), row in zip(new, self.blocks.read(group, [block for block, _ in new])):
+                self.tiers.put((group, key), row)
+
+    def _read(self, parts: Sequence[Part]) -> list[Tensor]:
+        return [torch.stack([self.tiers.get((group, key)) for key in keys]) for group, _, keys in parts]
+
+    def close(self) -> None:
+        """Nothing is lost that the disk has room for."""
+        self._reader.shutdown()
+        self.tiers.close()
