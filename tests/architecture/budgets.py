@@ -56,10 +56,10 @@ def _lengths() -> list[int]:
 
 
 BUDGETS: dict[str, tuple[Callable[[], float], float]] = {
-    # docs/architecture.md says why it is 4,500: the contract and the faces count, too
-    "kernel_core without nn, code lines": (lambda: _total(source.kernel_files(nn=False)), 4500),
+    # docs/architecture.md, Size, says why these two are what they are
+    "kernel_core without nn, code lines": (lambda: _total(source.kernel_files(nn=False)), 5000),
     "kernel_core/testing, code lines": (lambda: _total(source.testing_files()), 600),
-    "kernel_core/nn, code lines": (lambda: _total(source.kernel_files(nn=True)), 3000),
+    "kernel_core/nn, code lines": (lambda: _total(source.kernel_files(nn=True)), 3200),
     "a feature plugin, code lines, median": (lambda: median(plugin_sizes().values() or [0]), 400),
     "function length, median": (lambda: median(_lengths()), 9),
     "function length, 90 %": (lambda: quantiles(_lengths(), n=10)[-1], 36),
