@@ -18,7 +18,12 @@ def run(name: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "options", [["--method", "eagle"], ["--method", "eagle3", "--print-output"], ["--tree", "--draft-tokens", "8"]]
+    "options",
+    [
+        ["--method", "eagle3", "--print-output"],
+        pytest.param(["--method", "eagle"], marks=pytest.mark.slow),
+        pytest.param(["--tree", "--draft-tokens", "8"], marks=pytest.mark.slow),
+    ],
 )
 def test_eagle_heads_are_accepted_and_counted(options):
     printed = run("08_eagle.py", *options)
@@ -28,6 +33,7 @@ def test_eagle_heads_are_accepted_and_counted(options):
     assert ("Join two or more" in printed) == ("--print-output" in options)
 
 
+@pytest.mark.slow
 def test_a_data_set_is_asked_by_its_first_turns(tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"turns": ["Hello!", "never asked"]}\n{"turns": ["What does os.getcwd do?"]}\n')

@@ -16,7 +16,17 @@ DRAFTERS = [
 REFUSED = dict.fromkeys(combinations(DRAFTERS, 2), "make_drafter") | {("cache_aware", "priority"): "make_policy"}
 
 
-@pytest.mark.parametrize(("one", "other"), pairs(), ids=[f"{a} + {b}" if a != b else a for a, b in pairs()])
+#: run with the fast tests: pairs in which every feature occurs; the others are slow
+NEIGHBOURS = dict(zip(FEATURES, [*list(FEATURES)[7:], *list(FEATURES)[:7]], strict=True))
+
+
+def marked(one: str, other: str) -> object:
+    fast = other == NEIGHBOURS[one] and not {"mlp_speculator tree", "eagle"} & {one, other}
+    name = f"{one} + {other}" if one != other else one
+    return pytest.param(one, other, id=name, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("one", "other"), [marked(*pair) for pair in pairs()])
 def test_pairs_are_equal_to_the_plain_engine_or_refused(one, other, request):
     verdict = judge(one, other, request.config.getoption("--device", "cpu"))
     assert verdict.differences == ()

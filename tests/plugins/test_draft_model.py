@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from kernel_draft_model.vocabulary import translation
 from kernel_tiny import tiny_draft
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kernel_core import LLM, SamplingParams
+from kernel_core.api import ModelInfo
 from kernel_core.errors import ConfigError
 
 COMMON = dict(model="tiny-chat", dtype="float32", max_model_len=96, max_requests=4, kv_memory="16MiB", threads=1, device="cpu")
@@ -20,10 +23,44 @@ def drafting(**section):
     return {"draft_model": {"model": "tiny-draft", "adaptive": False} | section}
 
 
-def test_drafts_are_the_greedy_words_of_the_draft_model():
+def changed(folder, rows=None, ids=None, tokenizer=True):
+    """tiny-draft with another number of rows, or with token i called ids[i]."""
+    shutil.copytree(tiny_draft(), folder)
+    config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors["model.embed_tokens.weight"]
+    if rows:
+        extra = torch.randn(max(rows - len(table), 0), table.shape[1], generator=torch.Generator().manual_seed(1)) * 5
+        table = torch.cat([table, extra.to(table)])[:rows]
+    if ids is not None:
+        table = torch.empty_like(table).index_copy_(0, ids, table)
+        spelled = json.loads((folder / "tokenizer.json").read_text())
+        spelled["model"]["vocab"] = {token: int(ids[i]) for token, i in spelled["model"]["vocab"].items()}
+        for added in spelled["added_tokens"]:
+            added["id"] = int(ids[added["id"]])
+        (folder / "tokenizer.json").write_text(json.dumps(spelled))
+    if not tokenizer:
+        (folder / "tokenizer.json").unlink()
+    save_file(tensors | {"model.embed_tokens.weight": table.contiguous()}, path)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(table)}))
+    return str(folder)
+
+
+SHUFFLED = torch.randperm(4096, generator=torch.Generator().manual_seed(2))
+SPELLINGS = {
+    "its own": ({}, {}),
+    "padded": ({"rows": 4160}, {}),
+    "shuffled": ({"ids": SHUFFLED}, {"heterogeneous_vocabulary": True}),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_drafts_are_the_greedy_words_of_the_draft_model(tmp_path, name):
+    changes, section = SPELLINGS[name]
+    section = section | {"model": changed(tmp_path / "draft", **changes)} if changes else section
     reference = AutoModelForCausalLM.from_pretrained(tiny_draft(), dtype=torch.float32)
     seen = []
-    with LLM(**COMMON, plugins=drafting(draft_tokens=3)) as llm:
+    with LLM(**COMMON, plugins=drafting(draft_tokens=3, **section)) as llm:
         drafter = llm.engine.core.executor._worker.drafter
         propose = drafter.propose
 
@@ -71,20 +108,40 @@ def test_drafts_stop_where_the_draft_model_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [("size", "vocabulary of 99 tokens, the target one of 4096"), ("ids", "give the same ids to different tokens")],
+    "changes, message",
+    [
+        ({"rows": 99, "tokenizer": False}, "vocabulary of 99 tokens, the target .* one of 4096"),
+        ({"ids": SHUFFLED}, "give the same ids to different tokens.*heterogeneous_vocabulary = true"),
+    ],
 )
-def test_another_vocabulary_is_refused(tmp_path, change, message):
-    folder = tmp_path / "other"
-    shutil.copytree(tiny_draft(), folder)
-    if change == "size":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
-    else:
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        vocab = tokenizer["model"]["vocab"]
-        one, two = list(vocab)[300:302]
-        vocab[one], vocab[two] = vocab[two], vocab[one]
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+def test_another_vocabulary_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        LLM(**COMMON, plugins=drafting(model=str(folder)))
+        LLM(**COMMON, plugins=drafting(model=changed(tmp_path / "other", **changes)))
+
+
+def described(folder, vocab, decoder, size, added=()):
+    folder.mkdir()
+    added = [{"content": token, "id": number} for token, number in added]
+    read = {"model": {"vocab": vocab}, "decoder": {"type": decoder}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(read))
+    return ModelInfo(str(folder), "safetensors", {"vocab_size": size})
+
+
+def test_tokens_of_two_tokenizers_are_joined_by_their_text(tmp_path):
+    """Spaces and bytes are spelled in two ways; what the draft model lacks is read as its longest end."""
+    draft = described(tmp_path / "d", [["<0x0A>", 0.0], ["\u2581a", 0.0], ["ab", 0.0], ["b", 0.0]], "Metaspace", 6, [("<s>", 4)])
+    target = described(tmp_path / "t", {"b": 0, "\u010a": 1, "\u0120a": 2, "xab": 3, "\u00e9": 4}, "ByteLevel", 7, [("<s>", 5)])
+    joined = translation(draft, target, True, torch.device("cpu"))
+    assert joined.reads.tolist() == [3, 0, 1, 2, 0, 4, 0]
+    spread = joined.logits(torch.arange(6.0)[None])
+    assert spread.tolist() == [[3.0, 0.0, 1.0, -torch.inf, -torch.inf, 4.0, -torch.inf]]
+
+
+@pytest.mark.parametrize("size", [5, 9])
+def test_two_sizes_of_one_vocabulary_share_the_smaller(tmp_path, size):
+    """The same tokens, padded: rows beyond the smaller size are neither drafted nor read."""
+    vocab = {"a": 0, "b": 1}
+    draft, target = described(tmp_path / "d", vocab, "ByteLevel", size), described(tmp_path / "t", vocab, "ByteLevel", 7)
+    joined = translation(draft, target, False, torch.device("cpu"))
+    assert joined.reads.tolist() == [min(i, size - 1) for i in range(7)]
+    assert joined.logits(torch.arange(float(size))[None]).tolist() == [[float(i) if i < size else -torch.inf for i in range(7)]]

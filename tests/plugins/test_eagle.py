@@ -1,6 +1,8 @@
 """What EAGLE heads draft in a running engine against their formulas in plain torch, on random weights with published names."""
 
 import json
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernel_core import Engine, SamplingParams
+from kernel_core import LLM, Engine, SamplingParams
 from kernel_core.errors import ConfigError
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, DIM, INNER, LAYERS, EPS, THETA = 61, 32, 4, 2, 8, 48, 5, 1e-5, 500.0
@@ -29,13 +31,14 @@ NEW = 9
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """(folder, transformers model) of a random Llama."""
-    folder = tmp_path_factory.mktemp("target")
+    return random_llama(tmp_path_factory.mktemp("target"))
+
+
+def random_llama(folder, **sizes):
+    """(folder, transformers model)."""
     torch.manual_seed(1)
-    config = LlamaConfig(
-        **SIZES, num_hidden_layers=LAYERS, head_dim=DIM, eos_token_id=0, bos_token_id=None, initializer_range=0.2
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = SIZES | dict(num_hidden_layers=LAYERS, head_dim=DIM, initializer_range=0.2) | sizes
+    model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=0, bos_token_id=None)).eval()
     model.save_pretrained(folder)
     return folder, model
 
@@ -79,10 +82,12 @@ def eagle1(bias="", norms=False, vocab=VOCAB, layers=1, **config):
     return SIZES | dict(num_hidden_layers=layers, **config), rows
 
 
-def eagle3(name="midlayer", vocab=VOCAB, aux=(2, LAYERS // 2, LAYERS - 3), own_embedding=False, **config):
-    draw = drawing(3)
+def eagle3(name="midlayer", vocab=VOCAB, aux=(2, LAYERS // 2, LAYERS - 3), own_embedding=False, layers=1, **config):
+    draw, size = drawing(3), config.get("target_hidden_size", HIDDEN)
     rows = {f"{name}.{n}": t for n, t in layer(draw, 2 * HIDDEN, ["input_layernorm", "hidden_norm"]).items()}
-    rows |= {"fc.weight": draw(HIDDEN, len(aux) * HIDDEN), "norm.weight": draw(HIDDEN), "lm_head.weight": draw(vocab, HIDDEN)}
+    for i in range(1, layers):
+        rows |= {f"layers.{i}.{n}": t for n, t in layer(draw, HIDDEN, ["input_layernorm"]).items()}
+    rows |= {"fc.weight": draw(HIDDEN, len(aux) * size), "norm.weight": draw(HIDDEN), "lm_head.weight": draw(vocab, HIDDEN)}
     if vocab < VOCAB:
         kept = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))[:vocab].sort().values
         rows["d2t"] = kept - torch.arange(vocab)
@@ -93,7 +98,9 @@ def eagle3(name="midlayer", vocab=VOCAB, aux=(2, LAYERS // 2, LAYERS - 3), own_e
         rows["input_norm.weight"] = draw(len(aux) * HIDDEN)
     if config.get("fc_norm"):
         rows |= {f"fc_norm.{i}.weight": draw(HIDDEN) for i in range(len(aux))}
-    return SIZES | dict(num_hidden_layers=1, draft_vocab_size=vocab, architectures=["LlamaForCausalLMEagle3"], **config), rows
+    return SIZES | dict(
+        num_hidden_layers=layers, draft_vocab_size=vocab, architectures=["LlamaForCausalLMEagle3"], **config
+    ), rows
 
 
 def write(folder, config, rows, prefix=""):
@@ -189,6 +196,9 @@ class Eagle3:
         normed = norm(states, rows[f"{at}.hidden_norm.weight"])
         x = attention(rows, at, torch.cat([norm(e, rows[f"{at}.input_layernorm.weight"]), normed], -1))
         x = rest(rows, at, x, normed if self.config.get("norm_before_residual") else states)
+        for i in range(1, self.config["num_hidden_layers"]):
+            at = f"layers.{i}"
+            x = rest(rows, at, attention(rows, at, norm(x, rows[f"{at}.input_layernorm.weight"])), x)
         output = norm(x, rows["norm.weight"])
         return output, output if self.config.get("norm_output") else x
 
@@ -198,12 +208,15 @@ class Eagle3:
         return torch.full((VOCAB,), -torch.inf).index_copy(0, ids, own)
 
 
+@cache
+def hidden_states(model, known):
+    return [state[0] for state in model(torch.tensor([known]), output_hidden_states=True).hidden_states]
+
+
 @torch.no_grad()
 def after(head, known, path=()):
     """Logits of the head for the token after `known` and the drafts in `path`."""
-    ids = torch.tensor([known])
-    hidden = [state[0] for state in head.model(ids, output_hidden_states=True).hidden_states]
-    states, tokens = head.given(hidden)[:-1], list(known[1:])
+    states, tokens = head.given(hidden_states(head.model, tuple(known)))[:-1], list(known[1:])
     for draft in (*path, None):
         output, state = head.run(torch.tensor(tokens), states)
         if draft is not None:
@@ -235,9 +248,10 @@ def tree(head, known, top_k, depth, number):
 
 
 def watched(folder, head, prompts=PROMPTS, **options):
-    """Outputs, and what was proposed for which number of known tokens: [(prompt number, known, tokens, parents)]."""
+    """Outputs; what was proposed for which number of known tokens: [(prompt number, known, tokens, parents)]; how many requests
+    were preempted and prompt tokens cached."""
     section = {"head": head, "adaptive": False} | options.pop("section", {})
-    plugins = {"safetensors": {}, "eagle": section}
+    plugins = {"safetensors": {}, "eagle": section} | options.pop("plugins", {})
     common = dict(profile="none", dtype="float32", max_model_len=64, max_requests=4, kv_memory="8MiB", threads=1, device="cpu")
     seen = []
     with Engine(model=str(folder), plugins=plugins, **common | options) as engine:
@@ -256,13 +270,14 @@ def watched(folder, head, prompts=PROMPTS, **options):
         worker.drafter.propose = proposing
         for number, ids in enumerate(prompts):
             engine.add_request(str(number), ids, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False))
-        outputs = {}
+        outputs, cached = {}, 0
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
+                    cached += output.num_cached_tokens
                     outputs[int(output.request_id)] = list(output.outputs[0].token_ids)
-        preemptions = engine.core.scheduler.preemptions
-    return [outputs[n] for n in range(len(prompts))], seen, preemptions
+        counts = {"preempted": engine.core.scheduler.preemptions, "cached": cached}
+    return [outputs[n] for n in range(len(prompts))], seen, counts
 
 
 @torch.no_grad()
@@ -288,12 +303,16 @@ VARIANTS = {
         lambda: eagle3(aux=(0, 1, 4), eagle_aux_hidden_state_layer_ids=[0, 1, 4], own_embedding=True),
         "",
     ),
+    "eagle3, two layers": (Eagle3, lambda: eagle3("layers.0", layers=2), ""),
     "eagle3, norms": (Eagle3, lambda: eagle3(norm_before_fc=True, norm_output=True), ""),
     "eagle3, norm of each state": (Eagle3, lambda: eagle3(fc_norm=True), ""),
 }
 
 
-@pytest.fixture(params=VARIANTS)
+FAST = ("eagle, fc bias", "eagle, truncated vocabulary", "eagle3, own vocabulary", "eagle3, layers.0, norm before residual")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in VARIANTS])
 def published(request, target, tmp_path):
     formula, make, prefix = VARIANTS[request.param]
     config, rows = make()
@@ -313,17 +332,29 @@ def test_chains_follow_the_formula(target, published):
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3, own vocabulary"])
 @pytest.mark.parametrize(
-    "options", [{"max_tokens_per_step": 5}, {"kv_blocks": 5, "block_size": 16, "max_model_len": 40}, {"overlap": True}]
+    "options",
+    [
+        {"max_tokens_per_step": 5},
+        {"kv_blocks": 5, "block_size": 16, "max_model_len": 40},
+        {"overlap": True},
+        {"block_size": 16, "plugins": {"prefix_caching": {}}, "max_requests": 1},
+        {"attention": "torch:reference"},
+    ],
+    ids=["chunks", "preemption", "overlap", "prefix hits", "reference attention"],
 )
-def test_chunks_preemption_and_overlap_change_no_draft(target, tmp_path, name, options):
+def test_nothing_else_changes_a_draft(target, tmp_path, monkeypatch, name, options):
     formula, make, prefix = VARIANTS[name]
     config, rows = make()
     head = formula(config, rows, target[1])
-    outputs, seen, preemptions = watched(target[0], write(tmp_path / "head", config, rows, prefix), **options)
-    assert outputs == [greedy(target[1], ids) for ids in PROMPTS]
-    assert preemptions or "kv_blocks" not in options
+    prompts = [*PROMPTS, PROMPTS[0], [*PROMPTS[0][:18], 5]] if "plugins" in options else PROMPTS
+    if options.get("attention"):
+        monkeypatch.setattr("kernel_cpu.backend.PagedAttention.supports", lambda *given: False)
+        options = {}
+    outputs, seen, counts = watched(target[0], write(tmp_path / "head", config, rows, prefix), prompts, **options)
+    assert outputs == [greedy(target[1], ids) for ids in prompts]
+    assert bool(counts["preempted"]) == ("kv_blocks" in options) and bool(counts["cached"]) == ("plugins" in options)
     for number, known, tokens, _ in seen:
-        text = [*PROMPTS[number], *outputs[number]][:known]
+        text = [*prompts[number], *outputs[number]][:known]
         if known == len(text):
             assert tokens == list(chain(head, text, len(tokens)))
 
@@ -344,6 +375,76 @@ def test_trees_are_those_of_eagle_2(target, tmp_path, name):
                 assert parent < len(paths)
                 paths.append((*(paths[parent] if parent >= 0 else ()), token))
             assert set(paths) == tree(head, text, 3, 3, 8)
+
+
+def test_a_head_narrower_than_its_target(tmp_path):
+    """`target_hidden_size`: fc takes the target's size, embedding and logits are the head's own."""
+    folder, model = random_llama(tmp_path / "target", hidden_size=HIDDEN + 8)
+    config, rows = eagle3(own_embedding=True, target_hidden_size=HIDDEN + 8)
+    outputs, seen, _ = watched(folder, write(tmp_path / "head", config, rows))
+    head = Eagle3(config, rows, model)
+    for number, known, tokens, _ in seen:
+        text = [*PROMPTS[number], *outputs[number]][:known]
+        if known == len(text):
+            assert tokens == list(chain(head, text, len(tokens)))
+
+
+# ---- acceptance
+
+
+def rigged(folder, noise=0.0):
+    """A target in which a token alone decides the next, and an EAGLE-1 head that says so too (but for the noise)."""
+    target, model = random_llama(folder / "target")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        table = model.model.embed_tokens.weight
+        table.div_(table.pow(2).mean(-1, keepdim=True).sqrt())  # so that the final norm changes nothing
+    model.save_pretrained(target)
+    config, rows = eagle1()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        rows[f"layers.0.{name}.weight"].zero_()
+    rows["fc.weight"] = torch.cat([torch.eye(HIDDEN), noise * drawing(5)(HIDDEN, HIDDEN)], -1)
+    return str(target), write(folder / "head", config, rows), Eagle1(config, rows, model)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_head_that_is_always_right_is_always_accepted(tmp_path, temperature, overlap):
+    """Up to the last position that the engine has, greedy or drawn."""
+    target, head, _ = rigged(tmp_path)
+    common = dict(profile="none", dtype="float32", max_model_len=32, max_requests=4, kv_memory="8MiB", threads=1, device="cpu")
+    section, params = (
+        {"head": head, "draft_tokens": 4, "adaptive": False},
+        dict(temperature=temperature, max_tokens=40, ignore_eos=True),
+    )
+    got = []
+    for plugins in ({}, {"eagle": section}):
+        with LLM(model=target, **common, overlap=overlap, plugins={"safetensors": {}} | plugins) as llm:
+            asked = [SamplingParams(**params, seed=number, detokenize=False) for number in range(3)]
+            got.append([output.outputs[0] for output in llm.generate(PROMPTS, asked)])
+    plain, drafted = got
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+    assert [len(ids) + len(one.token_ids) for ids, one in zip(PROMPTS, drafted)] == [32] * 3
+    for one in drafted:
+        assert one.num_accepted == one.num_drafted >= 0.6 * (len(one.token_ids) - 1)
+
+
+def test_drafts_are_accepted_as_far_as_they_are_right(tmp_path):
+    target, path, head = rigged(tmp_path, noise=0.15)
+    outputs, seen, _ = watched(target, path)
+    verified, right = 0, 0
+    for number, ids in enumerate(PROMPTS):
+        text, mine = [*ids, *outputs[number]], [one for one in seen if one[0] == number]
+        assert outputs[number] == greedy(head.model, ids)
+        for (_, known, tokens, _), (_, after, _, _) in pairwise(mine):
+            assert tokens == list(chain(head, text[:known], len(tokens)))
+            room = tokens[: len(text) - known - 1]
+            agreed = next((j for j, token in enumerate(room) if token != text[known + j]), len(room))
+            assert after == known + 1 + agreed
+            verified, right = verified + len(room), right + agreed
+    assert 0.1 * verified < right < 0.9 * verified
 
 
 WRAPPED = {

@@ -1,4 +1,4 @@
-"""Speculation with a draft model: a smaller causal LM, which shares the target's vocabulary, drafts chains."""
+"""Speculation with a draft model: a smaller causal LM drafts chains; https://arxiv.org/abs/2211.17192."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 class DraftModelSection(Section):
     """`[plugins.draft_model]`."""
 
-    model: str = Field(description="the draft model: a directory, a hub id or an embedded name, of any enabled family")
+    model: str = Field(description="the draft model: a directory, a hub id or an embedded name, of any installed family")
     draft_tokens: int = Field(default=4, ge=1, le=32, description="most drafts a step")
     adaptive: bool = Field(default=True, description="draft as many as pay, by measured acceptance and step times")
+    heterogeneous_vocabulary: bool = Field(
+        default=False, description="take a draft model with another vocabulary, and draft the tokens that both have"
+    )
 
 
-manifest = Manifest(name="draft_model", summary="drafts by a smaller model with the same vocabulary", section=DraftModelSection)
+manifest = Manifest(name="draft_model", summary="drafts by a smaller model", section=DraftModelSection)
 
 
 @hookimpl

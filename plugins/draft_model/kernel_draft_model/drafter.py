@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernel_core.api import Opened
 from kernel_core.nn.api import DraftBatch, DraftLength, DraftOutcome, DraftView, Target, WorkerContext, upload
 from kernel_draft_model import DraftModelSection
-from kernel_draft_model.vocabulary import check_vocabulary
+from kernel_draft_model.vocabulary import translation
 
 
 class ModelDrafter:
@@ -25,7 +25,7 @@ class ModelDrafter:
 
     def build(self, target: Target) -> nn.Module:
         info = target.find(self.section.model)
-        check_vocabulary(info, target.info)
+        self.translation = translation(info, target.info, self.section.heterogeneous_vocabulary, target.context.device)
         positions = (info.config.get("text_config") or info.config).get("max_position_embeddings")
         self.limit = min(self.limit, positions or self.limit)
         self.model = target.load(info, None)
@@ -51,7 +51,7 @@ class ModelDrafter:
         for number in range(int(lengths.max(initial=0))):
             if number:
                 hidden = self._run(view.passes.advance(tokens[:, number - 1], number - 1))
-            drawn = view.passes.draw(self.model.logits(hidden), number)
+            drawn = view.passes.draw(self._logits(hidden), number)
             tokens[:, number] = torch.where(within[:, number], drawn, -1)
         parents = torch.arange(-1, self.width - 1, dtype=torch.int32, device=device)
         return tokens, parents.expand(len(tokens), -1), within.sum(-1, dtype=torch.int32)
@@ -70,4 +70,11 @@ class ModelDrafter:
     def _run(self, batch: DraftBatch) -> Tensor:
         """Hidden states [N, H]. Tokens past the last position are not stored, and what comes of them is not used."""
         batch.forward.positions = batch.forward.positions.clamp(max=self.limit - 1)
+        if self.translation:
+            batch.forward.token_ids = self.translation.reads[batch.forward.token_ids]
         return self.model(batch.forward)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] of the target's vocabulary."""
+        logits = self.model.logits(hidden)
+        return self.translation.logits(logits) if self.translation else logits

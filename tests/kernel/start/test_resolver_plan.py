@@ -61,18 +61,18 @@ def test_unknown_plugin_says_the_nearest_name_and_how_to_install(toys):
 
 
 def test_profile_enables_its_plugins_and_false_leaves_one_out(toys):
-    for name in ("text", "penalties", "logit_rules", "safetensors"):
+    for name in ("text", "penalties", "logit_rules", "safetensors", "prefix_caching"):
         toys.add(name)
-    assert names(resolve({"device": "toy"})) == ["logit_rules", "penalties", "safetensors", "text"]
+    assert names(resolve({"device": "toy"})) == ["logit_rules", "penalties", "prefix_caching", "safetensors", "text"]
     plan = resolve({"device": "toy", "plugins": {"penalties": False}})
-    assert names(plan) == ["logit_rules", "safetensors", "text"]
+    assert names(plan) == ["logit_rules", "prefix_caching", "safetensors", "text"]
     assert plan.plugins[0].reason == "profile default (sampling)"
     again = resolve(plan.config)
     assert (again.config, names(again)) == (plan.config, names(plan))
 
 
 def test_missing_plugin_of_the_profile_stops_the_start_unless_left_out(toys):
-    for name in ("penalties", "logit_rules", "safetensors"):
+    for name in ("penalties", "logit_rules", "safetensors", "prefix_caching"):
         toys.add(name)
     with pytest.raises(ConfigError, match=r"'text' of the profile default.*kernel-text, or set `plugins.text = false`"):
         resolve({"device": "toy"})

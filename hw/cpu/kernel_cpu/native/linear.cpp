@@ -205,6 +205,22 @@ template <class T, class Put> void pack_panel(const T *w, long ldw, long n, long
     }
 }
 
+// The 32-bit words of NR rows, transposed: out[word][lane] = row[lane][word]. bf16 comes in pairs, so both formats are this.
+void transpose_rows(const char *w, long row_bytes, long words, uint32_t *out) {
+    constexpr long kStep = 16;  // one cache line of every row
+    for (long j = 0; j < words; j += kStep) {
+        long step = std::min(kStep, words - j);
+        for (int lane = 0; lane < NR; ++lane) {
+            uint32_t part[kStep];
+            const char *from = w + lane * row_bytes + j * 4;
+            __builtin_prefetch(from + NR * row_bytes);  // short rows: no stream long enough for the hardware
+            memcpy(part, from, step == kStep ? sizeof part : step * 4);
+            if (step == kStep) KC_UNROLL for (int i = 0; i < kStep; ++i) out[(j + i) * NR + lane] = part[i];
+            else for (long i = 0; i < step; ++i) out[(j + i) * NR + lane] = part[i];
+        }
+    }
+}
+
 }  // namespace
 
 KC_API int kc_panel() { return NR; }
@@ -228,7 +244,10 @@ KC_API void kc_pack(const void *w, long ldw, int format, void *out, long n, long
     long pairs = (k + 1) / 2, panels = (n + NR - 1) / NR;
     parallel_ranges(panels, 1, [&](long begin, long end) {
         for (long q = begin; q < end; ++q) {
-            if (format == kBf16) {
+            long size = format == kBf16 ? 2 : 4, words = k * size / 4;
+            if ((q + 1) * NR <= n && k % 2 == 0) {
+                transpose_rows((const char *)w + q * NR * ldw * size, ldw * size, words, (uint32_t *)out + q * words * NR);
+            } else if (format == kBf16) {
                 uint16_t *to = (uint16_t *)out + q * pairs * 2 * NR;
                 pack_panel((const uint16_t *)w, ldw, n, k, q,
                            [&](long p, int h, int lane, uint16_t v) { to[(p * NR + lane) * 2 + h] = v; });
