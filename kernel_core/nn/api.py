@@ -13,6 +13,7 @@ from kernel_core.nn.decoder import (
     required,
 )
 from kernel_core.nn.draft_length import DraftLength
+from kernel_core.nn.draws import draw, draw_among
 from kernel_core.nn.layers import (
     Attention,
     AttentionShape,
@@ -59,6 +60,7 @@ from kernel_core.nn.protocols import (
     WorkerContext,
 )
 from kernel_core.nn.rope import RopeConfig, Rotary, read_rope
+from kernel_core.nn.sampler import Sampler
 from kernel_core.nn.transfer import upload
 
 
@@ -110,6 +112,7 @@ __all__ = [
     "Rank",
     "RopeConfig",
     "Rotary",
+    "Sampler",
     "StepInputs",
     "StepView",
     "Taps",
@@ -120,6 +123,8 @@ __all__ = [
     "Weights",
     "WorkerContext",
     "activation_op",
+    "draw",
+    "draw_among",
     "gated_op",
     "layer_types",
     "layer_windows",

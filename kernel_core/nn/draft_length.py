@@ -4,6 +4,10 @@ A step of n rows that verifies d drafts takes about c0 + c1 d seconds (fitted pe
 n + sum over rows of (a + a^2 + ... + a^k) tokens, a being the row's acceptance. A row's k-th draft raises tokens per second
 exactly if a^k > c1 * (tokens / seconds) of the step, so drafts are added while that holds. Now and then, ever more rarely, a
 step goes the other way, with no drafts or with a few, so that both costs stay measured.
+
+Layers of a drafter cost time even where nothing is drafted, as they read what the target computed. When drafts have not paid for
+that for a while, the drafter sleeps: it is not asked at all, for longer each time. Rows whose tokens its layers missed
+are never drafted for again; those that come after it woke are.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ PROBE_ROWS = 4  # of them draft in such a step
 FIRST = 3  # steps of each kind before anything is decided
 FORGET = 0.95  # weight of what was measured, with each newer measurement
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
+SLEEP_AFTER, NAP, LONGEST_NAP = 32, 512, 16384  # steps that did not pay until it sleeps, and how many it sleeps
+WORTH = 0.02  # a smaller share of a step's time is no reason to sleep
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 
@@ -26,6 +32,7 @@ class StepCost:
     def __init__(self) -> None:
         self.sums = np.zeros(5)  # of 1, d, d^2, t, d t
         self.plain = self.drafting = 0  # steps measured without and with drafts
+        self.idle = 0.0  # seconds that the drafter takes in a step in which it proposes nothing
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
     def probes(self, on: bool) -> bool:
@@ -62,22 +69,40 @@ class StepCost:
 class DraftLength:
     """Decides the number of drafts per row, for a drafter of up to `width` drafts. Host; every method once per step or request.
 
-    `tree`: drafts branch, so a row gets all or none."""
+    `tree`: drafts branch, so a row gets all or none. `keeps_up`: the drafter has layers that read every token of a row."""
 
-    def __init__(self, width: int, max_slots: int, tree: bool = False) -> None:
-        self.width, self.tree = width, tree
+    def __init__(self, width: int, max_slots: int, tree: bool = False, keeps_up: bool = False) -> None:
+        self.width, self.tree, self.keeps_up = width, tree, keeps_up
+        self._open, self._behind = np.zeros(max_slots, bool), np.zeros(max_slots, bool)
+        self._unpaid, self._sleeps, self._nap = 0, 0, NAP
         self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
         self.overall = np.array(PRIOR)
         self.costs: dict[int, StepCost] = {}
         self.turn = 0
 
+    @property
+    def asleep(self) -> bool:
+        """Is nobody to be drafted for? Rate: step."""
+        return self._sleeps > 0 or bool(self._behind.any() and not (self._open & ~self._behind).any())
+
+    def closed(self, slot: int) -> None:
+        """The request left the slot."""
+        self._open[slot] = self._behind[slot] = False
+
     def opened(self, slot: int) -> None:
         """A request takes the slot: it starts from the average of those before it."""
+        self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeps > 0
         share = self.overall[0] / self.overall[1]
         self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
 
     def observe(self, outcome: DraftOutcome) -> None:
         """Learn from a step; see `Drafter.observe`."""
+        if self._sleeps:
+            self._sleeps -= 1
+            if not self._sleeps:  # measure anew at once
+                for cost in self.costs.values():
+                    cost.since = cost.interval
+            return
         tried = np.minimum(outcome.accepted + 1, outcome.drafted)  # drafts behind a rejected one were not decided
         drafted = outcome.drafted > 0
         if self.tree:
@@ -87,7 +112,10 @@ class DraftLength:
         self.drafted[slots] = FORGET * self.drafted[slots] + tried[drafted]
         self.overall = 0.99 * self.overall + (outcome.accepted.sum(), tried.sum())
         if outcome.decode_only:
-            self._cost(len(outcome.slots)).add(int(outcome.drafted.sum()), outcome.seconds)
+            cost = self._cost(len(outcome.slots))
+            cost.add(int(outcome.drafted.sum()), outcome.seconds)
+            if not outcome.proposed:
+                cost.idle += 0.2 * (outcome.own - cost.idle)
 
     def _cost(self, rows: int) -> StepCost:
         return self.costs.setdefault(max(rows, 1).bit_length(), StepCost())
@@ -99,31 +127,49 @@ class DraftLength:
             return np.zeros(0, np.int32)
         cost = self._cost(count)
         if cost.drafting < FIRST:
-            return self._some(count)
+            return self._some(slots)
         if cost.plain < FIRST:
             return np.zeros(count, np.int32)
-        chosen = self._best(cost, slots)
+        chosen, speed = self._best(cost, slots)
         on = bool(chosen.any())
+        self._doze(speed, count / max(cost.line()[0] - cost.idle, 1e-9))
         if cost.probes(on):
-            return np.zeros(count, np.int32) if on else self._some(count)
+            return np.zeros(count, np.int32) if on else self._some(slots)
         return chosen
 
-    def _some(self, count: int) -> np.ndarray:
+    def _doze(self, awake: float, asleep: float) -> None:
+        """Tokens a second with the best lengths, and without the drafter."""
+        if awake >= (1 - WORTH) * asleep:
+            self._unpaid, self._nap = 0, NAP
+            return
+        self._unpaid += 1
+        if self._unpaid > SLEEP_AFTER:
+            self._unpaid, self._sleeps, self._nap = 0, self._nap, min(2 * self._nap, LONGEST_NAP)
+            if self.keeps_up:
+                self._behind |= self._open
+
+    def _some(self, slots: np.ndarray) -> np.ndarray:
         """Drafts for a few rows, other ones each time."""
         self.turn += PROBE_ROWS
-        lengths = np.zeros(count, np.int32)
-        lengths[(self.turn + np.arange(min(PROBE_ROWS, count))) % count] = self.width if self.tree else -(-self.width // 2)
+        lengths, able = np.zeros(len(slots), np.int32), np.flatnonzero(~self._behind[slots])
+        if able.size:
+            chosen = able[(self.turn + np.arange(min(PROBE_ROWS, able.size))) % able.size]
+            lengths[chosen] = self.width if self.tree else -(-self.width // 2)
         return lengths
 
-    def _best(self, cost: StepCost, slots: np.ndarray) -> np.ndarray:
+    def _best(self, cost: StepCost, slots: np.ndarray) -> tuple[np.ndarray, float]:
+        """Lengths, and the tokens a second that they should give."""
         fixed, each = cost.line()
-        share = self.accepted[slots] / self.drafted[slots]
+        able = ~self._behind[slots]
+        share = np.where(able, self.accepted[slots] / self.drafted[slots], 0.0)
         if self.tree:
-            worth = (len(slots) + share.sum()) / (fixed + each * self.width * len(slots)) > len(slots) / fixed
-            return np.full(len(slots), self.width if worth else 0, np.int32)
+            drafts, plain = self.width * np.count_nonzero(able), len(slots) / fixed
+            speed = (len(slots) + share.sum()) / (fixed + each * drafts)
+            return np.where(able & (speed > plain), self.width, 0).astype(np.int32), max(speed, plain)
         gain = np.minimum(share, 0.995)[:, None] ** np.arange(1, self.width + 1)  # of each further draft
         taken = np.zeros(gain.shape, bool)
         for _ in range(ROUNDS):
             rate = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())
             taken = gain > each * rate
-        return taken.sum(1).astype(np.int32)
+        speed = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())
+        return taken.sum(1).astype(np.int32), float(speed)

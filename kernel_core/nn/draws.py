@@ -72,6 +72,14 @@ def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
     return gumbel(token_bits(key, position, logits.shape[1])).add_(logits).argmax(-1)
 
 
+def draw_among(logits: Tensor, tokens: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """The same as `draw`, for a device that knows which few tokens can win: tokens [n, C] int64, ascending, and their logits
+    [n, C] → int64 [n]."""
+    a, b = _row_words(key, position)
+    noisy = gumbel(_token_bits(tokens.int(), a[:, None], b[:, None])).add_(logits)
+    return tokens.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1)
+
+
 def draw_kept(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
     """The same as `draw`, for logits of which few are allowed, where reading their number costs nothing. Overwrites `logits`."""
     a, b = _row_words(key, position)

@@ -50,7 +50,7 @@ class Pending:
         tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
         count, accepted, drafted, computed, drafts = numbers
         if self.observe is not None:
-            self.observe(self._outcome(drafted, accepted))
+            self.observe(self._outcome(drafted, accepted, int(drafts.sum())))
         kept = np.arange(tokens.shape[1]) < count[:, None]
         slots = self.plan.rows
         return StepResult(
@@ -68,11 +68,12 @@ class Pending:
             timings=self.timings,
         )
 
-    def _outcome(self, drafted: np.ndarray, accepted: np.ndarray) -> DraftOutcome:
+    def _outcome(self, drafted: np.ndarray, accepted: np.ndarray, proposed: int) -> DraftOutcome:
         plan = self.plan
         decode_only = bool((plan.q == plan.room).all() and (plan.room > 0).all())
         seconds = perf_counter() - self.started
-        return DraftOutcome(plan.rows.astype(np.int64), drafted, accepted, int(plan.q.sum()), decode_only, seconds)
+        own = self.timings.get("propose", 0.0)
+        return DraftOutcome(plan.rows.astype(np.int64), drafted, accepted, int(plan.q.sum()), decode_only, seconds, own, proposed)
 
     def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
         """Those of the places that the accepted path went through, in path order."""

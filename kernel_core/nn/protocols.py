@@ -416,6 +416,8 @@ class DraftOutcome:
     tokens: int  # tokens that the step computed, drafts included
     decode_only: bool  # every row had exactly one token that is no draft
     seconds: float  # from the start of the step to its result
+    own: float = 0.0  # of these, host seconds of `propose`
+    proposed: int = 0  # drafts that `propose` returned in this step
 
 
 @runtime_checkable
@@ -423,7 +425,8 @@ class Drafter(Protocol):
     """Proposes drafts; may change speed, never output. Called on every step, also when nobody wants drafts.
 
     How many drafts it returns for a row decides how many the next plan makes room for: returning none turns drafting off for
-    that row, at no cost, until it returns some again. `kernel_core.nn.api.DraftLength` decides that from what was measured."""
+    that row, at no cost, until it returns some again. `kernel_core.nn.api.DraftLength` decides that from what was measured.
+    While an attribute `asleep` is true `propose` is not even called."""
 
     width: int  # most drafts a row
     taps: tuple[str, ...]

@@ -248,7 +248,7 @@ class Runner:
 
     def _propose(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> Tensor | None:
         """Ask the drafter, keep what it says in the slots → drafts waiting per row."""
-        if self.drafter is None:
+        if self.drafter is None or getattr(self.drafter, "asleep", False):
             return None
         rows, view = step.view.rows, self._draft_view(step, verified, hidden, taps)
         tokens, parents, count = self.drafter.propose(view)

@@ -26,6 +26,8 @@ LOOKS = (256, 4096)  # how many of the best tokens top_p looks at before it sort
 WEIGHT_ONE = 2.0**30  # the likeliest token's weight
 
 Transform = Callable[[Tensor, StepView], Tensor]
+Argmax = Callable[[Tensor], Tensor]
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -38,11 +40,22 @@ class Sampled:
     logprobs: LogprobColumns | None = None
 
 
-class Sampler:
-    """The runner part "sampler". Replaceable: anything called like this, `(logits, view, layout, transform) → Sampled`."""
+def first_largest(logits: Tensor) -> Tensor:
+    """[N, V] → int64 [N]."""
+    return logits.argmax(-1)
 
-    def __init__(self, slots: SlotTable, vocab_size: int, logprobs_mode: str) -> None:
+
+class Sampler:
+    """The runner part "sampler". Replaceable: anything called like this, `(logits, view, layout, transform) → Sampled`.
+
+    A device may give just the two passes over the whole vocabulary: `argmax` [N, V] → int64 [N], where a NaN counts as largest,
+    and `draw`, which returns exactly what `draws.draw` does."""
+
+    def __init__(
+        self, slots: SlotTable, vocab_size: int, logprobs_mode: str, argmax: Argmax = first_largest, draw: Draw = draw
+    ) -> None:
         self.slots, self.vocab_size, self.mode = slots, vocab_size, logprobs_mode
+        self._argmax, self._draw_all = argmax, draw
         self._reads_are_free = slots.device.type == "cpu"
 
     def __call__(self, logits: Tensor, view: StepView, layout: Layout, transform: Transform | None) -> Sampled:
@@ -51,10 +64,10 @@ class Sampler:
         raw = self._rows(logits, asked) if len(asked) and self.mode.startswith("raw") else None
         if transform is not None:
             logits = transform(logits.float(), view)
-        best = logits.max(-1)
-        draws = best.indices
+        draws = self._argmax(logits)
+        best = logits.gather(1, draws[:, None]).squeeze(1)
         self._draw(logits, draws, view, layout.logits_slot)
-        bad = best.values.isnan() | best.values.isneginf()
+        bad = best.isnan() | best.isneginf()
         return Sampled(draws, bad, self._logprobs(asked, raw, logits, draws, view, layout))
 
     def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
@@ -66,7 +79,7 @@ class Sampler:
                 index = upload(part, logits.device)
                 slot = view.slot[index]
                 kept = self._filtered(logits[index].float(), slot, host_slot[part])
-                draws[index] = (draw_kept if few else draw)(kept, self.slots.key[slot], view.position[index])
+                draws[index] = (draw_kept if few else self._draw_all)(kept, self.slots.key[slot], view.position[index])
 
     def _uses_filters(self, host_slot: np.ndarray) -> np.ndarray:
         host = self.slots.host

@@ -101,6 +101,7 @@ def transformers_continuous(folder: Path, threads: int) -> Callable[[Requests], 
 
 
 def vllm(folder: Path, threads: int) -> Callable[[Requests], float | None]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads])))
     from vllm import LLM, SamplingParams
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/speculation.py            # n-gram on Qwen2.5-0.5B's shape, the heads on the embedded model
     python tests/benchmarks/speculation.py --quick    # does it run?
 
-`greedy`: output that repeats itself (random weights do), or that the heads were trained for. `random`: sampled at temperature 3, where
-there is nothing to find: what an adaptive length loses there is the price of looking. Writes build/bench/speculation.json.
+`greedy`: output that repeats itself (random weights do), or that the heads were trained for. `random`: sampled at temperature 3,
+where there is nothing to find: what an adaptive length loses there is the price of looking. Writes build/bench/speculation.json.
 """
 
 from __future__ import annotations
@@ -67,10 +67,17 @@ def engine(model: str, plugins: Mapping[str, Any], tokens_only: bool) -> Iterato
 
 
 def run(made: Engine, prompts: Prompts, new: int, temperature: float, seed: int) -> float:
-    """Output tokens a second, prompts included in the time."""
+    """Output tokens a second, prompts included in the time. Greedy answers to questions end where the model ends them."""
     start, count = time.perf_counter(), 0
     for number, prompt in enumerate(prompts):
-        params = {"temperature": temperature, "max_tokens": new, "ignore_eos": True, "seed": seed + number, "detokenize": False}
+        endless = temperature > 0 or not isinstance(prompt, str)
+        params = {
+            "temperature": temperature,
+            "max_tokens": new,
+            "ignore_eos": endless,
+            "seed": seed + number,
+            "detokenize": False,
+        }
         made.add_request(str(number), prompt, SamplingParams(**params))
     while made.has_unfinished_requests():
         count += sum(len(o.outputs[0].token_ids) for o in made.step() if o.finished)
@@ -89,9 +96,8 @@ def compare(title: str, one: Engine, other: Engine, prompts: Prompts, arguments:
                 kept.append(speed)
     plain, drafted = map(statistics.median, speeds)
     length = other.outputs.drafts.mean_length
-    print(
-        f"{title:42} batch {len(prompts):2}: {plain:7.1f} → {drafted:7.1f} tokens/s  {drafted / plain:5.2f}x  ({length:.2f} a verification)"
-    )
+    ratio = f"{drafted / plain:5.2f}x  ({length:.2f} tokens a verification)"
+    print(f"{title:24} batch {len(prompts):2}: {plain:7.1f} → {drafted:7.1f} tokens/s  {ratio}", flush=True)
     return {"title": title, "batch": len(prompts), "plain": plain, "drafted": drafted, "ratio": drafted / plain, "length": length}
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_kv_offload.disk import DiskTier, file_name, stored_names
 from kernel_kv_offload.host import HostTier
+from kernel_kv_offload.identity import rank_folder
 from kernel_kv_offload.store import Missing, Tiers
 from pydantic import ValidationError
 
@@ -110,6 +112,36 @@ def test_the_disk_keeps_its_limit_across_restarts(tmp_path):
     assert tier.get(NAMES[2]) is not None
     smaller = DiskTier(tmp_path, SIZE + 74, "a")
     assert stored_names(tmp_path) == [NAMES[2]] and smaller.get(NAMES[2]) == bytes(block(2).tolist())
+
+
+def test_a_disk_that_takes_nothing_costs_hits_only(tmp_path, caplog):
+    tier = DiskTier(tmp_path, 1 << 20, "a")
+    tiers = Tiers(HostTier([SIZE], SIZE), tier)
+    for number in range(1, 4):  # a folder where the file should be: writing ends in an error
+        (tmp_path / file_name((0, bytes([number])))).mkdir()
+    for number in range(1, 6):
+        tiers.put((0, bytes([number])), block(number))
+    assert torch.equal(tiers.get((0, b"\5")), block(5))
+    tiers.close()
+    assert caplog.text.count("the disk takes none") == 1 and not list(tmp_path.glob("*.tmp"))
+    assert tier.get((0, b"\5")) == bytes(block(5).tolist()) and tier.get((0, b"\4")) is not None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.other"])
+def test_other_weights_have_another_folder(tmp_path, name):
+    """Whatever the format of a checkpoint, its files tell it from another one of the same configuration."""
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / name
+    file.write_bytes(b"12")
+    section = SimpleNamespace(disk_path=tmp_path / "disk")
+    config = SimpleNamespace(plugins={}, device="cpu", engine=SimpleNamespace(dtype="float32", block_size=16))
+    model = SimpleNamespace(path=str(file.parent), config={})
+    context = SimpleNamespace(section=section, config=config, model=model)
+    first, again = rank_folder(context, 0), rank_folder(context, 0)
+    file.write_bytes(b"123")
+    assert first == again != rank_folder(context, 0)
+    config.engine.block_size = 32
+    assert len({rank_folder(context, rank) for rank in (0, 1)} | {first}) == 3
 
 
 # ---- engines

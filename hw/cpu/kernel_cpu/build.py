@@ -183,4 +183,5 @@ SIGNATURES = {
     "kc_gate": "iiplpll",
     "kc_gather": "plpllpl",
     "kc_argmax": "iplpll",
+    "kc_draw": "pppplll",
 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernel_core.api import Capabilities, PluginError
-from kernel_core.nn.api import MemoryReport
-from kernel_cpu import build, threads
+from kernel_core.nn.api import MemoryReport, Sampler
+from kernel_cpu import build, pointwise, sampling, threads
 
 
 class CpuDevice:
@@ -40,7 +41,7 @@ class CpuDevice:
         return MemoryReport(total, free, kv_limit=int(free * self._kv_share))
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
-        return {}
+        return {"sampler": partial(Sampler, argmax=pointwise.argmax, draw=sampling.draw)}
 
     def synchronize(self) -> None:
         pass

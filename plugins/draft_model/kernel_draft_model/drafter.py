@@ -21,7 +21,7 @@ class ModelDrafter:
     def __init__(self, section: DraftModelSection, context: WorkerContext) -> None:
         self.section, self.limit = section, context.max_model_len
         self.width = self.ahead = section.draft_tokens
-        self.length = DraftLength(self.width, context.max_slots) if section.adaptive else None
+        self.length = DraftLength(self.width, context.max_slots, keeps_up=True) if section.adaptive else None
 
     def build(self, target: Target) -> nn.Module:
         info = target.find(self.section.model)
@@ -36,7 +36,12 @@ class ModelDrafter:
             self.length.opened(opened.slot)
 
     def closed(self, slot: int) -> None:
-        """Nothing is kept of a request."""
+        if self.length:
+            self.length.closed(slot)
+
+    @property
+    def asleep(self) -> bool:
+        return self.length is not None and self.length.asleep
 
     def observe(self, outcome: DraftOutcome) -> None:
         if self.length:

@@ -34,7 +34,7 @@ class EagleDrafter:
             raise ConfigError(f"plugins.eagle.tree_top_k = {section.tree_top_k}: the head has {self.config.draft_vocab} tokens")
         self.width, self.max_model_len = section.width, context.max_model_len
         self.ahead = section.tree_top_k * (section.tree_depth - 1) + 1 if section.tree else self.width
-        self.length = DraftLength(self.width, context.max_slots, section.tree) if section.adaptive else None
+        self.length = DraftLength(self.width, context.max_slots, section.tree, keeps_up=True) if section.adaptive else None
 
     def build(self, target: Target) -> nn.Module:
         info = replace(self.info, config={"head": self.config, "length": self.max_model_len})
@@ -52,7 +52,12 @@ class EagleDrafter:
             self.length.opened(opened.slot)
 
     def closed(self, slot: int) -> None:
-        """Nothing is kept of a request."""
+        if self.length:
+            self.length.closed(slot)
+
+    @property
+    def asleep(self) -> bool:
+        return self.length is not None and self.length.asleep
 
     def observe(self, outcome: DraftOutcome) -> None:
         if self.length:

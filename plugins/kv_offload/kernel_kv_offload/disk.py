@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections import OrderedDict
 from hashlib import blake2b
@@ -64,9 +65,13 @@ class DiskTier:
         if name in self._sizes and path.exists():
             self._touch(name)
             return
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        unfinished = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # no other process has this name
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
         self.used += len(content) - self._sizes.pop(name, 0)
         self._sizes[name] = len(content)
         self._touch(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from kernel_core.api import BuildContext
@@ -18,10 +19,12 @@ def rank_folder(context: BuildContext, rank: int) -> Path | None:
         return None
     plugins = {name: section for name, section in context.config.plugins.items() if name not in IRRELEVANT}
     engine = context.config.engine
-    weights = sorted(Path(context.model.path).glob("*.safetensors"))
+    path = Path(context.model.path)
+    files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
     facts = {
+        "kernel": version("kernel-core"),
         "config": dict(context.model.config),
-        "weights": [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weights],
+        "files": [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files],
         "engine": [engine.dtype, engine.block_size],
         "device": context.config.device,
         "plugins": plugins,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -21,6 +22,7 @@ GIB = 1 << 30
 Name = tuple[int, bytes]
 Part = tuple[int, list[int], list[bytes]]  # KV group, blocks, keys
 WAITING = 64  # blocks that wait to be written to disk, at most
+logger = logging.getLogger("kernel_core.kv_offload")
 
 
 class Missing(Exception):
@@ -35,6 +37,7 @@ class Tiers:
         self._lock, self._disk_lock = Lock(), Lock()  # of host memory and what is unwritten; of the disk
         self._writing: dict[Name, Future[None]] = {}
         self._unwritten: dict[Name, bytes] = {}
+        self._failing = False  # said once, until a write succeeds
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv_offload_write") if disk else None
 
     def __contains__(self, name: Name) -> bool:
@@ -83,13 +86,18 @@ class Tiers:
         try:
             with self._disk_lock:
                 self.disk.put(name, content)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                logger.warning("KV blocks are lost, for the disk takes none: %s", error)
+            self._failing = True
         finally:
             with self._lock:
                 self._unwritten.pop(name, None)
 
     @staticmethod
     def _settled(future: Future[None]) -> bool:
-        """Raises what the write raised: the disk is full, or gone."""
+        """Raises what the write raised and did not expect."""
         if future.done():
             future.result()
         return future.done()

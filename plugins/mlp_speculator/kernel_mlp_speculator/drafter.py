@@ -42,7 +42,12 @@ class SpeculatorDrafter:
             self.length.opened(opened.slot)
 
     def closed(self, slot: int) -> None:
-        """Nothing is kept of a request."""
+        if self.length:
+            self.length.closed(slot)
+
+    @property
+    def asleep(self) -> bool:
+        return self.length is not None and self.length.asleep
 
     def observe(self, outcome: DraftOutcome) -> None:
         if self.length:

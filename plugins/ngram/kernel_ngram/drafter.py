@@ -45,6 +45,12 @@ class NgramDrafter:
 
     def closed(self, slot: int) -> None:
         self.finder.closed(slot)
+        if self.length:
+            self.length.closed(slot)
+
+    @property
+    def asleep(self) -> bool:
+        return self.length is not None and self.length.asleep
 
     def observe(self, outcome: DraftOutcome) -> None:
         if self.length:

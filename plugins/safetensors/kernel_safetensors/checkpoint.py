@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernel_core.api import ConfigError, ModelInfo
+from kernel_safetensors.pages import MappedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGE = 1 << 20  # bytes from which letting go of a tensor's pages pays
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
@@ -41,13 +43,19 @@ class Safetensors:
         )
 
     def tensors(self, path: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) in file order. The tensors are views of the memory-mapped files: nothing is read before it is used."""
+        """(name, tensor) in file order. The tensors are read-only views of the memory-mapped files: nothing is read before it is
+        used, and what of a large one was read is let go when the next is asked for (it comes back when used again)."""
         from safetensors import safe_open
 
         for file in weight_files(Path(path)):
             with safe_open(file, framework="pt") as opened:
+                mapped: MappedFile | None = None
                 for name in opened.offset_keys():
-                    yield name, opened.get_tensor(name)
+                    tensor = opened.get_tensor(name)
+                    yield name, tensor
+                    if tensor.nbytes >= LARGE:
+                        mapped = mapped or MappedFile(file)
+                        mapped.drop(tensor.data_ptr(), tensor.nbytes)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,6 +3,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from kernel_cpu import attention as att
+from kernel_cpu.backend import PagedAttention
+
+from kernel_core.nn.api import AttentionBatch, AttentionSpec
+from kernel_core.nn.reference_attention import ReferenceAttention
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -279,3 +283,25 @@ def test_where_drafts_branch_a_window_counts_positions_not_slots(dtype, plain, m
     torch.testing.assert_close(batch.run(**options), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
     by_slots = batch.reference(window=20, tree=tree)
     assert not torch.allclose(by_slots.float(), expected.float(), atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"window": 20, "kind": "window"}, {"window": 20, "kind": "window", "causal": False}, {"causal": False}, {"first_slot": 1},
+    {"first_slot": 3, "window": 9, "kind": "window", "causal": False},
+])  # fmt: skip
+def test_backend_sees_what_the_reference_backend_sees(kernels, options):
+    rows, q_lengths, lengths, dim = 3, [1, 30, 4], [70, 30, 9], 16
+    spec = AttentionSpec("layer", 4, 2, dim, dim, dim**-0.5, **options)
+    table = torch.randperm(15).int().view(rows, 5)
+    backends = [PagedAttention(), ReferenceAttention()]
+    caches = [backend.allocate(spec, torch.float32, 16, 15) for backend in backends]
+    for written in (lengths, q_lengths):  # first the whole rows, then their last tokens anew
+        starts = torch.tensor([0, *written]).cumsum(0).int()
+        at = torch.cat([torch.arange(n - w, n) for n, w in zip(lengths, written, strict=True)])
+        row = torch.arange(rows).repeat_interleave(torch.tensor(written))
+        slots = table[row, at // 16].long() * 16 + at % 16
+        batch = AttentionBatch(starts, torch.tensor(lengths).int(), table, slots, 16, max(written), max(lengths))
+        q, k, v = (torch.randn(sum(written), heads, dim) for heads in (4, 2, 2))
+        results = [b.forward(q, k, v, kv, b.plan(batch, [spec]), spec, None) for b, kv in zip(backends, caches, strict=True)]
+        seeing = at >= spec.first_slot  # the others may see nothing, and nobody reads their result
+        close(results[0][seeing], results[1][seeing])

@@ -53,6 +53,57 @@ def test_each_request_gets_its_own_length():
     assert good >= 3 and bad == 0
 
 
+def serve(share, own, each, steps=3000, life=60, keeps_up=True):
+    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked →
+    (tokens per second relative to no drafter, share of steps in which it slept, lengths that were asked for)."""
+    rng, length = np.random.default_rng(1), DraftLength(WIDTH, 2, keeps_up=keeps_up)
+    slots, drafts, tokens, seconds, slept, chosen = np.array([0]), 0, 0, 0.0, 0, []
+    for step in range(steps):
+        if step % life == 0:
+            length.closed(0)
+            length.opened(0)
+            drafts = 0
+        accepted = min(int((rng.random(WIDTH) < share).cumprod().sum()), drafts)
+        asleep = length.asleep
+        proposed = 0 if asleep else int(length.lengths(slots)[0])
+        took = 1.0 + each * drafts + (0.0 if asleep else own)
+        one = np.array([drafts], np.int32), np.array([accepted], np.int32)
+        length.observe(DraftOutcome(slots, *one, 1 + drafts, True, took, 0.0 if asleep else own, proposed))
+        tokens, seconds, slept = tokens + 1 + accepted, seconds + took, slept + asleep
+        drafts = proposed
+        chosen.append(proposed)
+    return tokens / seconds, slept / steps, chosen
+
+
+@pytest.mark.parametrize("keeps_up", [False, True])
+@pytest.mark.parametrize(("share", "own", "each"), [(0.0, 0.3, 0.1), (0.1, 0.2, 0.2), (0.4, 0.15, 0.5), (0.0, 0.01, 0.1)])
+def test_a_drafter_that_does_not_pay_for_itself_sleeps(share, own, each, keeps_up):
+    speed, slept, chosen = serve(share, own, each, keeps_up=keeps_up)
+    assert speed >= 0.97
+    assert slept > 0.9 or own < 0.02
+    assert any(chosen[500:]), "it was never tried again"
+
+
+def test_a_drafter_that_pays_for_itself_does_not_sleep():
+    speed, slept, _ = serve(0.8, 0.15, 0.02)
+    assert slept == 0 and speed > 2
+
+
+def test_rows_that_layers_missed_are_not_drafted_for():
+    length = DraftLength(WIDTH, 4, keeps_up=True)
+    for slot in (0, 1):
+        length.opened(slot)
+    length._behind[0], slots, drafts, total = True, np.array([0, 1]), np.zeros(2, np.int32), 0
+    for _ in range(50):
+        length.observe(DraftOutcome(slots, drafts, drafts, int(2 + drafts.sum()), True, 1.0 + 0.01 * drafts.sum()))
+        drafts = length.lengths(slots)
+        assert drafts[0] == 0
+        total += int(drafts[1])
+    assert total > 100 and not length.asleep
+    length.closed(1)
+    assert length.asleep
+
+
 def test_hopeless_drafts_are_off_and_tried_again():
     _, _, chosen = simulate(0.0, 1.0, 0.5, 4)
     assert np.median(chosen) == 0 and chosen.max() > 0
