@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING as _CHECKING
 from kernel_core.config import EngineConfig, KernelConfig
 from kernel_core.contexts import BuildContext, EngineContext, ModelInfo
 from kernel_core.errors import CapacityError, ConfigError, EngineDeadError, KernelError, PluginError, RequestError
-from kernel_core.hookspecs import hookimpl
+from kernel_core.hookspecs import home, hookimpl, hookspec
 from kernel_core.manifest import API_VERSION, Command, Constraint, Manifest, ModelFamily, Section
 from kernel_core.plan import (
     LOGPROBS_MODES,
@@ -28,6 +28,7 @@ from kernel_core.plan import (
     WorkerReport,
 )
 from kernel_core.protocols import (
+    Arrival,
     CheckpointFormat,
     Connector,
     Executor,
@@ -44,6 +45,7 @@ from kernel_core.protocols import (
     StepRecord,
     TextCodec,
     TextStream,
+    Verb,
 )
 from kernel_core.request import (
     CompletionOutput,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+from kernel_core import sizes
 from kernel_core.checkpoints import find_checkpoint
 from kernel_core.config import KernelConfig
 from kernel_core.contexts import BuildContext, EngineContext, ModelInfo
-from kernel_core.engine import Assembly, EngineCore, EngineParts
+from kernel_core.engine import Assembly, EngineCore, EngineFacts, EngineParts
 from kernel_core.errors import ConfigError
 from kernel_core.executor import InProcessExecutor
 from kernel_core.intake import FieldSet, Intake, Limits, sampling_defaults
 from kernel_core.plan import Allocation, WorkerReport
-from kernel_core.protocols import Executor, TextCodec
+from kernel_core.protocols import Executor, TextCodec, Verb
 from kernel_core.registry import Registry
 from kernel_core.request import KERNEL_FIELDS, Updates
 from kernel_core.resolver import ResolvedPlan, resolve
@@ -28,25 +30,21 @@ def assemble(config: KernelConfig | Mapping[str, Any] | None, keys: Mapping[str,
     """Everything that a configuration asks for, up to (not including) the start of the workers."""
     plan = resolve(config_from_keywords(config, **keys), enable=enable)
     model = inspect_model(plan)
-    face, engine = Registry(plan, "face", model), Registry(plan, "engine", model)
+    face, engine = open_face(plan, model), Registry(plan, "engine", model)
 
     def close() -> None:
         face.close()
         engine.close()
 
-    try:
-        codec = face.service(TEXT, TextCodec) if face.provider(TEXT) else None
-        fieldsets = _fieldsets(face)
-    except BaseException:
-        close()
-        raise
     return Assembly(
         core=lambda emit: _core(plan, model, engine, emit),
-        intake=lambda core: _intake(plan, model, codec, fieldsets, core),
-        codec=codec,
+        intake=lambda core: face.intake(core.facts()),
+        codec=face.codec,
         name=plan.config.model,
         device=plan.device.name,
         close=close,
+        verbs=face.verbs,
+        service=face.registry.service,
     )
 
 
@@ -69,6 +67,46 @@ def inspect_model(plan: ResolvedPlan) -> ModelInfo:
 # ---- face
 
 
+@dataclass(frozen=True, slots=True)
+class Face:
+    """The face part of an engine, which may run in another process than the engine."""
+
+    registry: Registry
+    codec: TextCodec | None
+    fields: Sequence[FieldSet]
+    verbs: Mapping[str, Verb]
+
+    def intake(self, facts: EngineFacts) -> Intake:
+        """For requests to the engine of these facts."""
+        return _intake(self.registry.plan, self.registry.model, self.codec, self.fields, facts)
+
+    def close(self) -> None:
+        self.registry.close()
+
+
+def open_face(plan: ResolvedPlan, model: ModelInfo) -> Face:
+    """Build what the plugins have in the face. Raises ConfigError, PluginError."""
+    registry = Registry(plan, "face", model)
+    try:
+        codec = registry.service(TEXT, TextCodec) if registry.provider(TEXT) else None
+        return Face(registry, codec, _fieldsets(registry), _verbs(registry))
+    except BaseException:
+        registry.close()
+        raise
+
+
+def _verbs(face: Registry) -> dict[str, Verb]:
+    from kernel_core.llm import LLM
+
+    found: dict[str, tuple[str, Verb]] = {}
+    for plugin, verbs in face.call("register_verbs"):
+        for name, verb in verbs.items():
+            owner = "LLM itself" if hasattr(LLM, name) else found.setdefault(name, (plugin, verb))[0]
+            if owner != plugin:
+                raise ConfigError(f"the method {name!r} of the plugin {plugin!r} belongs to {owner}: enable only one")
+    return {name: verb for name, (_, verb) in found.items()}
+
+
 def _fieldsets(face: Registry) -> list[FieldSet]:
     """Who reads request fields, in resolved order."""
     preparers = dict(face.call("prepare_request"))
@@ -82,23 +120,51 @@ def _fieldsets(face: Registry) -> list[FieldSet]:
 
 
 def _intake(
-    plan: ResolvedPlan, model: ModelInfo, codec: TextCodec | None, fieldsets: Sequence[FieldSet], core: EngineCore
+    plan: ResolvedPlan, model: ModelInfo, codec: TextCodec | None, fieldsets: Sequence[FieldSet], facts: EngineFacts
 ) -> Intake:
     engine = plan.config.engine
     known = [*KERNEL_FIELDS, *(name for f in fieldsets if f.model is not None for name in f.model.model_fields)]
     defaults = sampling_defaults(model.generation, known) if engine.sampling_defaults == "model" else {}
     limits = Limits(
-        max_model_len=core.allocation.max_model_len,
-        vocab_size=core.report.vocab_size,
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
         max_logprobs=engine.max_logprobs,
         max_tokens=defaults.get("max_tokens"),
-        priorities=core.has_policy,
+        priorities=facts.has_policy,
         seed=engine.seed,
     )
     return Intake(limits, codec, fieldsets, defaults)
 
 
 # ---- engine
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePart:
+    """The engine part, started, without a face: for a process of its own."""
+
+    registry: Registry
+    core: EngineCore
+    facts: EngineFacts
+
+    def close(self) -> None:
+        self.core.close()
+        self.registry.close()
+
+
+def open_engine(plan: ResolvedPlan, model: ModelInfo, emit: Callable[[Updates], None]) -> EnginePart:
+    """Start the workers and everything up to the loop; `emit` gets every `Updates`. Raises ConfigError, PluginError,
+    CapacityError."""
+    started = time.monotonic()
+    registry = Registry(plan, "engine", model)
+    try:
+        core = _core(plan, model, registry, emit)
+    except BaseException:
+        registry.close()
+        raise
+    seconds = time.monotonic() - started
+    summary = sizes.summary(plan.config.model, plan.device.name, core.report, core.allocation, seconds)
+    return EnginePart(registry, core, core.facts(summary, seconds))
 
 
 def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation) -> EngineParts:
@@ -129,6 +195,7 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
         observers=tuple(made for _, made in engine.call("make_observer")),
         prefix_index=index,
         connector=None if connector is None else connector[1],
+        calls={f"{p}.{name}": call for p, calls in engine.call("register_calls", context) for name, call in calls.items()},
     )
 
 

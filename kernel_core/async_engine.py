@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from kernel_core.config import KernelConfig
-from kernel_core.engine import Engine
+from kernel_core.engine import Engine, find_verb
 from kernel_core.errors import EngineDeadError, KernelError
 from kernel_core.intake import Accepted, Prompt
 from kernel_core.outputs import Tracked
@@ -115,6 +115,24 @@ class AsyncEngine:
         answer: Future[list[bytes]] = Future()
         self._send(lambda: _settle(answer, lambda: self._engine.call(method, payload)))
         return await asyncio.wrap_future(answer)
+
+    async def verb(self, name: str, *arguments: Any, **named: Any) -> Any:
+        """Run a verb that a plugin registered (`LLM`'s further methods), in a thread of its own. Raises AttributeError."""
+        loop = asyncio.get_running_loop()
+        verb = find_verb(self._engine.verbs, name)
+
+        def call(method: str, payload: bytes = b"") -> list[bytes]:
+            return asyncio.run_coroutine_threadsafe(self.call(method, payload), loop).result()
+
+        return await asyncio.to_thread(verb, call, *arguments, **named)
+
+    def service(self, name: str, protocol: type | None = None) -> Any:
+        """A service of the face. Raises ConfigError when nobody provides it."""
+        return self._engine.service(name, protocol)
+
+    def params(self, **given: Any) -> SamplingParams:
+        """Sampling parameters with the model's defaults for what is not given."""
+        return self._engine.intake.params(**given)
 
     async def reset_cache(self) -> None:
         """Forget the KV of earlier requests, between two steps."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kernel_core.config import KernelConfig
+from kernel_core.errors import PluginError
 from kernel_core.plan import Capabilities, KVGroup
 
 Part = Literal["face", "engine", "worker"]
@@ -27,11 +28,17 @@ class ModelInfo:
         return (self.config.get("architectures") or ["?"])[0]
 
 
+def _no_hooks(hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+    raise PluginError(f"the hook {hook!r} was not declared by this plugin's add_hookspecs")
+
+
 @dataclass(frozen=True, slots=True)
 class BuildContext:
     """Given to every `make_*` hook of a plugin. `section` is the plugin's own validated config section; `config` the
     kernel's; `service("grammar/1", Grammar)` gives the provider of a service the manifest requires, checked against the
-    Protocol of what this plugin uses of it (leave it out to take it as it is)."""
+    Protocol of what this plugin uses of it (leave it out to take it as it is); None where nobody provides a service that the
+    manifest only `uses`. `shared` is one dict for all hooks of this plugin in this part. `ask("hook", **arguments)` calls a hook
+    that this plugin declared (`add_hookspecs`): (plugin, answer) of all that implement it, each with its own context."""
 
     plugin: str
     part: Part
@@ -39,6 +46,8 @@ class BuildContext:
     config: KernelConfig
     model: ModelInfo
     service: Callable[..., Any]
+    shared: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    ask: Callable[..., list[tuple[str, Any]]] = field(default=_no_hooks, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

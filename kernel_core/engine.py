@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kernel_core import sizes
@@ -20,8 +20,8 @@ from kernel_core.intake import Accepted, Intake, Prompt
 from kernel_core.loop import OverlappedLoop, PlainLoop
 from kernel_core.outputs import Outputs, Tracked
 from kernel_core.plan import Allocation, WorkerReport
-from kernel_core.protocols import Connector, Executor, Observer, Policy, PrefixIndex, Resource, TextCodec
-from kernel_core.request import RequestOutput, SamplingParams, Updates
+from kernel_core.protocols import Call, Connector, Executor, Observer, Policy, PrefixIndex, Resource, TextCodec, Verb
+from kernel_core.request import Request, RequestOutput, SamplingParams, Updates
 from kernel_core.scheduler import Scheduler
 
 REST_STEPS = 1000  # steps that an engine without requests may still take before it is called stuck
@@ -36,6 +36,18 @@ class EngineParts:
     observers: tuple[Observer, ...] = ()
     prefix_index: PrefixIndex | None = None
     connector: Connector | None = None
+    calls: Mapping[str, Call] = field(default_factory=dict)  # by "plugin.name"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a face must know of a started engine, perhaps one in another process."""
+
+    max_model_len: int
+    vocab_size: int
+    has_policy: bool
+    summary: str = ""
+    start_seconds: float = 0.0
 
 
 class EngineCore:
@@ -63,7 +75,7 @@ class EngineCore:
         self.allocation = sizes.settle(config, self.report, depth)
         executor.allocate(self.allocation)
         made = parts(self.report, self.allocation)
-        self.has_policy = made.policy is not None
+        self.has_policy, self.calls = made.policy is not None, made.calls
         name, policy = made.policy or (None, None)
         self.scheduler = Scheduler(
             *(config, self.report.groups, self.allocation, self.report.capabilities),
@@ -77,6 +89,22 @@ class EngineCore:
             self.loop = PlainLoop(self.scheduler, executor, emit, made.observers)
         else:
             self.loop = OverlappedLoop(self.scheduler, executor, emit, made.observers, depth)
+
+    def facts(self, summary: str = "", start_seconds: float = 0.0) -> EngineFacts:
+        return EngineFacts(self.allocation.max_model_len, self.report.vocab_size, self.has_policy, summary, start_seconds)
+
+    def add(self, request: Request) -> None:
+        """Raises RequestError when it can never run."""
+        self.scheduler.add(request)
+        self.loop.outlet.added(request)
+
+    def call(self, method: str, payload: bytes = b"") -> list[bytes]:
+        """A registered call of the engine part, or on every rank between two steps."""
+        own = self.calls.get(method)
+        if own is not None:
+            return [own(payload)]
+        self.loop.drain()
+        return self.executor.call(method, payload)
 
     def close(self) -> None:
         self.executor.close()
@@ -102,6 +130,8 @@ class Assembly:
     name: str = ""
     device: str = ""
     close: Callable[[], None] = lambda: None
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
+    service: Callable[..., Any] | None = None  # (name, Protocol or None) → a service of the face
 
 
 class Engine:
@@ -164,7 +194,7 @@ class Engine:
         added: list[str] = []
         try:
             for request in accepted.requests:
-                self.core.scheduler.add(request)
+                self.core.add(request)
                 added.append(request.id)
         except RequestError:
             self._abort(added)
@@ -235,10 +265,20 @@ class Engine:
         self._changed.update(dict.fromkeys(self.outputs.fail(reason)))
 
     def call(self, method: str, payload: bytes = b"") -> list[bytes]:
-        """Run the registered call "plugin.name" on every rank, between two steps."""
+        """Run the registered call "plugin.name" in the engine part, or on every rank, between two steps."""
         self._require_life()
-        self.core.loop.drain()
-        return self.core.executor.call(method, payload)
+        return self.core.call(method, payload)
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        """What plugins add to `LLM`, by name."""
+        return self._made.verbs
+
+    def service(self, name: str, protocol: type | None = None) -> Any:
+        """A service of the face, checked against what the caller uses of it. Raises ConfigError when nobody provides it."""
+        if self._made.service is None:
+            raise ConfigError(f"this engine has no plugins, so nobody provides the service {name!r}")
+        return self._made.service(name, protocol)
 
     def reset_cache(self) -> None:
         """Forget the KV of earlier requests, between two steps. What runs now keeps its own, and offers none of it any more."""
@@ -258,6 +298,15 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def find_verb(verbs: Mapping[str, Verb], name: str) -> Verb:
+    """Raises AttributeError, which says that a plugin may be missing."""
+    if name not in verbs:
+        raise AttributeError(
+            f"there is no method {name!r}; a plugin that offers it may have to be enabled (kernel plugins lists them)"
+        )
+    return verbs[name]
 
 
 def _assemble(config: KernelConfig | Mapping[str, Any] | None, keys: Mapping[str, Any], enable: Sequence[str]) -> Assembly:

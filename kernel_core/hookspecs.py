@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from kernel_core.config import KernelConfig
     from kernel_core.contexts import BuildContext, EngineContext
     from kernel_core.manifest import Constraint
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         PrefixIndex,
         RequestPreparer,
         Resource,
+        Verb,
     )
 
 PROJECT = "kernel_core"
@@ -66,6 +69,26 @@ def constrain(config: KernelConfig, section: Any) -> Sequence[Constraint]:
 
 
 @hookspec
+@home("face", "engine", "worker", composes="all")
+def add_hookspecs() -> ModuleType:
+    """Name a module with hook specifications of this plugin's own, each marked `@hookspec` and `@home(...)` and taking `context`.
+
+    Other plugins implement them with `@hookimpl(optionalhook=True)`, so that they also work where this one is absent; this
+    plugin calls them by `BuildContext.ask`."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("face", composes="all")
+def register_verbs(context: BuildContext) -> Mapping[str, Verb]:
+    """Methods that `LLM` gains: {"name": function}. The function is given `call`, a synchronous `Executor.call` that also
+    reaches the engine part, and then the user's arguments.
+
+    Two plugins registering one verb, or one that `LLM` has, is a start-up error."""
+    raise NotImplementedError
+
+
+@hookspec
 @home("face", composes="all")
 def register_fields() -> Mapping[str, type]:
     """Name the request fields that this plugin reads: {"request": a pydantic model whose fields are request fields, "output": a
@@ -78,8 +101,9 @@ def register_fields() -> Mapping[str, type]:
 @hookspec
 @home("engine", "worker", composes="all")
 def register_calls(context: BuildContext) -> Mapping[str, Call]:
-    """Calls that any process may make on every rank: {"name": bytes → bytes}, reached as "plugin.name" through
-    `Executor.call`, run between two steps."""
+    """Calls that any process may make: {"name": bytes → bytes}, reached as "plugin.name" through the faces' `call`, run between
+    two steps. Those of the worker part (`context.part`) run on every rank, one answer each; those of the engine part in the
+    engine's thread, while steps may be in flight. A name belongs to one of the two."""
     raise NotImplementedError
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kernel_core.config import KernelConfig
-from kernel_core.engine import Engine
+from kernel_core.engine import Engine, find_verb
 from kernel_core.errors import EngineDeadError, RequestError
 from kernel_core.intake import Accepted, Prompt
 from kernel_core.progress import Progress
@@ -143,6 +144,13 @@ class LLM:
         self.engine.abort(names)
         if not self.engine.dead:
             self.engine.advance()
+
+    def __getattr__(self, name: str) -> Any:
+        """The verbs that plugins registered."""
+        engine = self.__dict__.get("engine")
+        if engine is None or name.startswith("_"):
+            raise AttributeError(name)
+        return partial(find_verb(engine.verbs, name), engine.call)
 
     @property
     def draft_counts(self) -> DraftCounts:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from kernel_core.errors import EngineDeadError
 from kernel_core.plan import StepPlan, StepResult
-from kernel_core.protocols import Executor, Handle, Observer, StepRecord
-from kernel_core.request import FINISH_REASONS, Updates
+from kernel_core.protocols import Arrival, Executor, Handle, Observer, StepRecord
+from kernel_core.request import FINISH_REASONS, Request, Updates
 from kernel_core.scheduler import Scheduler
 
 logger = logging.getLogger("kernel_core")
@@ -87,6 +87,13 @@ class Outlet:
         self._scheduler, self._emit, self._observers = scheduler, emit, list(observers)
         self._dead: str | None = None
         self._checked = True
+
+    def added(self, request: Request) -> None:
+        """The scheduler took it."""
+        if self._observers:
+            length, now = len(request.token_ids), time.monotonic()
+            arrival = Arrival(request.id, request.family, length, request.max_len - length, request.priority, now)
+            self._call(lambda observer: observer.added(arrival))
 
     def emit(self, updates: Updates, plan: StepPlan, result: StepResult, planned_at: float) -> None:
         """One step is committed."""

@@ -21,7 +21,7 @@ class Manifest:
 
     name: the key of the entry point and of the config section. api: the range of `API_VERSION` it was written for.
     before / after: names of plugins it must precede or follow in every chain; "*": all that do not say the same. Among
-    devices they order what `device = "auto"` tries. provides / requires: services as "name/1".
+    devices they order what `device = "auto"` tries. provides / requires: services as "name/1"; uses: such that it does without.
     exclusive: places only one enabled plugin may take ("drafter", "prefix_index", ...); `make_*` hooks that are
     exclusive imply theirs. section: the pydantic model of `[plugins.<name>]`. summary: one line for `kernel plugins`."""
 
@@ -32,6 +32,7 @@ class Manifest:
     after: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     exclusive: tuple[str, ...] = ()
     section: type[Section] = Section
 

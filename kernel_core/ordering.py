@@ -35,7 +35,7 @@ def declared(parts: Sequence[Configured], providers: Mapping[str, str]) -> Edges
                 said |= {p.name for p in parts if "*" not in getattr(p.manifest, field)}
             for other in said & names - {part.name}:
                 edges[(part.name, other) if first else (other, part.name)] = f"{part.name} says {field}"
-        for service in part.manifest.requires:
+        for service in (*part.manifest.requires, *part.manifest.uses):
             if providers.get(service, part.name) in names - {part.name}:
                 edges.setdefault((providers[service], part.name), f"it provides {service}")
     return edges

@@ -280,9 +280,25 @@ class StepRecord:
     free_blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A sequence that the engine took. `family`: the user request's id where it has several (n > 1). `at`: monotonic clock."""
+
+    id: str
+    family: str | None
+    num_prompt: int
+    max_tokens: int
+    priority: int
+    at: float
+
+
 @runtime_checkable
 class Observer(Protocol):
     """Read-only; may not raise into the loop (an error disables it and is reported once)."""
+
+    def added(self, arrival: Arrival) -> None:
+        """Rate: request."""
+        ...
 
     def step(self, record: StepRecord) -> None:
         """Rate: step, after commit."""
@@ -342,3 +358,4 @@ class CheckpointFormat(Protocol):
 
 
 Call = Callable[[bytes], bytes]
+Verb = Callable[..., Any]

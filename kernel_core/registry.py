@@ -38,8 +38,9 @@ def hooks_of(plugin: Any) -> dict[str, dict[str, Any]]:
 
 def check_hooks(name: str, plugin: Any) -> None:
     """Raises PluginError for an unknown hook, a forbidden option, or a signature that does not fit."""
+    known = {*HOOKS, *_declared({name: plugin})}
     for hook, options in hooks_of(plugin).items():
-        if hook not in HOOKS:
+        if hook not in known and not options.get("optionalhook"):
             raise PluginError(f"the plugin {name!r} implements {hook!r}, which is no hook{did_you_mean(hook, HOOKS)}")
         used = [option for option in _FORBIDDEN if options.get(option)]
         if used:
@@ -51,9 +52,12 @@ def check_hooks(name: str, plugin: Any) -> None:
 
 
 def plugin_manager(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
-    """pluggy calls last registered first, so the last in order is registered first."""
+    """pluggy calls last registered first, so the last in order is registered first. Raises PluginError."""
+    _declared(plugins)
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
+    for module in _hook_modules(plugins).values():
+        manager.add_hookspecs(module)
     for name, plugin in reversed(list(plugins.items())):
         try:
             manager.register(plugin, name)
@@ -61,6 +65,23 @@ def plugin_manager(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
         except pluggy.PluginValidationError as error:
             raise PluginError(f"the plugin {name!r} breaks a hook's specification: {error}") from error
     return manager
+
+
+def _hook_modules(plugins: Mapping[str, Any]) -> dict[str, Any]:
+    """Plugin → the module of the hook specifications that it adds."""
+    return {name: plugin.add_hookspecs() for name, plugin in plugins.items() if "add_hookspecs" in hooks_of(plugin)}
+
+
+def _declared(plugins: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Hook → (plugin that declares it, specification). Raises PluginError when it is another's."""
+    found: dict[str, tuple[str, Any]] = {}
+    for plugin, module in _hook_modules(plugins).items():
+        for hook, specification in vars(module).items():
+            if hasattr(specification, "composes"):
+                owner = "the kernel" if hook in HOOKS else found.setdefault(hook, (plugin, specification))[0]
+                if owner != plugin:
+                    raise PluginError(f"the plugin {plugin!r} declares the hook {hook!r}, which {owner} declares")
+    return found
 
 
 def implementations(manager: pluggy.PluginManager, hook: str) -> dict[str, Callable[..., Any]]:
@@ -101,6 +122,8 @@ class Registry:
         modules = {name: load(entry.found) for name, entry in entries.items()}
         self._manifests: dict[str, Manifest] = {name: module.manifest for name, module in modules.items()}
         self._manager = plugin_manager(modules)
+        self._declared = _declared(modules)
+        self._specifications = HOOKS | {hook: specification for hook, (_, specification) in self._declared.items()}
         self._contexts: dict[str, BuildContext] = {}
         self._services: dict[str, tuple[str, Any]] = {}
         self._building: list[str] = []
@@ -110,7 +133,7 @@ class Registry:
 
     def hooks(self, hook: str) -> dict[str, Callable[..., Any]]:
         """Plugin name → its implementation (keywords), in resolved order; for callers that thread a value through a chain."""
-        specification = HOOKS[hook]
+        specification = self._specifications[hook]
         if self.part not in specification.parts:
             homes = " and ".join(specification.parts)
             raise PluginError(f"the hook {hook} is at home in {homes}; it was called in the {self.part} part")
@@ -129,7 +152,7 @@ class Registry:
                 answers.append((name, answer))
                 if hook not in _CLOSED_BY_KERNEL:
                     self._remember(name, answer)
-        if HOOKS[hook].composes == "exclusive" and len(answers) > 1:
+        if self._specifications[hook].composes == "exclusive" and len(answers) > 1:
             raise ConfigError(exclusive_message(hook.removeprefix("make_"), [name for name, _ in answers]))
         return answers
 
@@ -139,8 +162,15 @@ class Registry:
             values = self.plan.config.plugins.get(plugin)
             section = validate_section(plugin, self._manifests[plugin].section, values if isinstance(values, Mapping) else {})
             service = partial(self._service_for, plugin)
-            self._contexts[plugin] = BuildContext(plugin, self.part, section, self.plan.config, self.model, service)
+            self._contexts[plugin] = BuildContext(
+                plugin, self.part, section, self.plan.config, self.model, service, ask=partial(self._ask, plugin)
+            )
         return self._contexts[plugin]
+
+    def _ask(self, plugin: str, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        if self._declared.get(hook, ("",))[0] != plugin:
+            raise PluginError(f"the plugin {plugin!r} calls the hook {hook!r} and does not declare it in its add_hookspecs")
+        return self.call(hook, **arguments)
 
     # ---- services
 
@@ -154,8 +184,13 @@ class Registry:
         return self._service("kernel", name, protocol)
 
     def _service_for(self, plugin: str, name: str, protocol: type | None = None) -> Any:
-        if name not in self._manifests[plugin].requires:
-            raise PluginError(f"the plugin {plugin!r} uses the service {name!r} and does not list it in its manifest's requires")
+        manifest = self._manifests[plugin]
+        if name not in (*manifest.requires, *manifest.uses):
+            raise PluginError(
+                f"the plugin {plugin!r} uses the service {name!r} and does not list it in its manifest's requires or uses"
+            )
+        if name in manifest.uses and self.provider(name) is None:
+            return None
         return self._service(plugin, name, protocol)
 
     def _service(self, requirer: str, name: str, protocol: type | None) -> Any:

@@ -225,7 +225,9 @@ def _check_exclusive(parts: Sequence[Configured]) -> None:
     """Places from the manifests, and those that exclusive hooks imply. Executors are chosen by the configuration."""
     owners: dict[str, list[str]] = {}
     for part in parts:
-        hooks = [h for h in hooks_of(part.module) if HOOKS[h].composes == "exclusive" and h != "make_executor"]
+        hooks = [
+            h for h in hooks_of(part.module) if getattr(HOOKS.get(h), "composes", "") == "exclusive" and h != "make_executor"
+        ]
         for place in {*part.manifest.exclusive, *(hook.removeprefix("make_") for hook in hooks)}:
             owners.setdefault(place, []).append(part.name)
     for place, names in sorted(owners.items()):

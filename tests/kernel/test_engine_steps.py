@@ -1,5 +1,7 @@
 """The engine's face over a device that computes nothing: tokens are a function of (key, position), text is the real codec's."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 from kernel_text.codec import Codec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from kernel_core.async_engine import AsyncEngine
 from kernel_core.config import EngineConfig
 from kernel_core.contexts import ModelInfo
-from kernel_core.engine import Assembly, Engine, EngineCore
+from kernel_core.engine import Assembly, Engine, EngineCore, EngineParts
 from kernel_core.errors import CapacityError, ConfigError, EngineDeadError, RequestError
 from kernel_core.intake import Intake, Limits
 from kernel_core.llm import LLM
@@ -316,3 +319,41 @@ def test_a_failed_request_says_so_in_its_output_and_a_dead_engine_raises(codec):
         assert bad.error == "logits are not finite" and seen(good.outputs[0]) == expected("abc", 1, 8)
         with pytest.raises(EngineDeadError, match="died"):
             llm.generate("abc", max_tokens=50, ignore_eos=True)
+
+
+# ---- what plugins add to the engine
+
+
+def with_calls(**verbs):
+    made = {"limits": Limits(30, 100, 5)}
+
+    def core(emit):
+        parts = EngineParts(calls={"shop.price": lambda payload: payload * 2})
+        executor = NullExecutor((KVGroup("full", 4, 1, ("f",)),), 100, 30)
+        return EngineCore(EngineConfig(max_requests=2, kv_blocks=20), executor, emit, lambda report, allocation: parts)
+
+    return Assembly(core, lambda core: Intake(made["limits"], None, (), {}), None, verbs=verbs)
+
+
+def test_calls_of_the_engine_part_run_there_and_others_on_the_ranks():
+    with Engine(assembly=with_calls()) as engine:
+        assert engine.call("shop.price", b"12") == [b"1212"]
+        assert engine.call("shop.tax", b"12") == [b"12"]  # the null device's ranks echo
+
+
+def test_verbs_are_methods_of_llm_and_reach_registered_calls():
+    def price(call, item, times=1):
+        return call("shop.price", item.encode())[0].decode() * times
+
+    with LLM(assembly=with_calls(price=price)) as llm:
+        assert llm.price("ab", times=2) == "abababab"
+        with pytest.raises(AttributeError, match="there is no method 'prize'; a plugin that offers it may have to be enabled"):
+            llm.prize()
+
+
+def test_verbs_of_an_async_engine_run_beside_the_event_loop():
+    async def main():
+        async with AsyncEngine(assembly=with_calls(price=lambda call, item: call("shop.price", item))) as engine:
+            return await engine.verb("price", b"x"), await engine.call("shop.price", b"y")
+
+    assert asyncio.run(main()) == ([b"xx"], [b"yy"])

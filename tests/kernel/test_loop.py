@@ -1,6 +1,7 @@
 """Both loops give the same tokens, tell observers what happened, and end everybody when the worker dies."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ GROUPS = (KVGroup("full", 4, 1, ("f",)),)
 
 class Watcher:
     def __init__(self):
-        self.steps, self.ends = [], []
+        self.arrivals, self.steps, self.ends = [], [], []
+
+    def added(self, arrival):
+        self.arrivals.append(arrival)
 
     def step(self, record):
         assert record.plan.plan_id == record.result.plan_id and record.committed_at >= record.planned_at
@@ -167,3 +171,13 @@ def test_a_family_whose_shared_prompt_fills_the_pool_gives_it_up_and_ends(depth)
         loop.step()
     assert [FINISH_REASONS[code] for code in ended] == ["length"] * 3
     assert scheduler.free_blocks == (1,)
+
+
+def test_observers_are_told_what_arrives():
+    watcher = Watcher()
+    loop, *_ = engine(1, observers=[watcher])
+    before = time.monotonic()
+    loop.outlet.added(Request("x", np.arange(4, dtype=np.int32), SamplingRow(), 0, 14, priority=2, family="f"))
+    (arrival,) = watcher.arrivals
+    assert (arrival.id, arrival.family, arrival.num_prompt, arrival.max_tokens, arrival.priority) == ("x", "f", 4, 10, 2)
+    assert before <= arrival.at <= time.monotonic()

@@ -321,3 +321,87 @@ def test_a_whole_life_changes_nothing_in_the_kernel(shelf, open_registry):
     registry.call("prepare_request")
     registry.close()
     assert snapshot() == before
+
+
+# ---- hooks of plugins
+
+PAINTER = """
+    import sys, types
+    from kernel_core.api import home, hookspec
+    hooks = types.ModuleType("painter_hooks")
+    @hookspec
+    @home("face", composes="{composes}")
+    def choose_colour(context, surface): ...
+    hooks.choose_colour = choose_colour
+    @hookimpl
+    def add_hookspecs(): return hooks
+"""
+CHOOSER = "@hookimpl(optionalhook=True)\ndef choose_colour(context, surface): return f'{context.plugin} for {surface}'"
+
+
+def test_a_plugin_asks_a_hook_of_its_own(shelf, open_registry):
+    shelf.add("painter", PAINTER.format(composes="all"))
+    for name in ("red", "blue"):
+        shelf.add(name, CHOOSER)
+    registry = open_registry("painter", "red", "blue", part="face")
+    answers = registry.context("painter").ask("choose_colour", surface="wall")
+    assert answers == [("blue", "blue for wall"), ("red", "red for wall")]
+    with pytest.raises(PluginError, match="'red' calls the hook 'choose_colour' and does not declare it"):
+        registry.context("red").ask("choose_colour", surface="wall")
+
+
+def test_such_a_hook_composes_as_declared(shelf, open_registry):
+    shelf.add("painter", PAINTER.format(composes="exclusive"))
+    for name in ("red", "blue"):
+        shelf.add(name, CHOOSER)
+    with pytest.raises(ConfigError, match=r"blue.*red"):
+        open_registry("painter", "red", "blue", part="face").context("painter").ask("choose_colour", surface="wall")
+
+
+def test_its_implementers_work_where_its_plugin_is_absent(shelf, open_registry):
+    shelf.add("red", CHOOSER)
+    assert open_registry("red", part="face").context("red").plugin == "red"
+    shelf.add("green", CHOOSER.replace("(optionalhook=True)", ""))
+    with pytest.raises(PluginError, match="'green' implements 'choose_colour', which is no hook"):
+        open_registry("green", part="face")
+
+
+def test_a_hook_has_one_declarer_and_its_signature_is_checked(shelf, open_registry):
+    shelf.add("painter", PAINTER.format(composes="all"))
+    shelf.add("artist", PAINTER.format(composes="all"))
+    with pytest.raises(PluginError, match=r"'painter' declares the hook 'choose_colour', which artist declares"):
+        open_registry("painter", "artist", part="face")
+    shelf.add("odd", "@hookimpl(optionalhook=True)\ndef choose_colour(brush): return 1")
+    with pytest.raises(PluginError, match="'odd' breaks a hook's specification"):
+        open_registry("painter", "odd", part="face")
+
+
+# ---- what several hooks share, and services that may be absent
+
+
+def test_hooks_of_a_plugin_share_one_dict_in_a_part(shelf, open_registry):
+    code = """
+        @hookimpl
+        def make_observer(context): context.shared["n"] = 1; return "o"
+        @hookimpl
+        def register_calls(context): return {"n": context.shared.get("n")}
+    """
+    shelf.add("a", code)
+    shelf.add("b", code.replace('"n"] = 1', '"n"] = 2'))
+    registry = open_registry("a", "b")
+    registry.call("make_observer")
+    assert registry.call("register_calls") == [("a", {"n": 1}), ("b", {"n": 2})]
+
+
+def test_a_service_that_is_only_used_may_be_absent(shelf, open_registry):
+    user = """
+        manifest = Manifest(name="user", summary="", uses=("ink/1",))
+        @hookimpl
+        def make_observer(context): return [context.service("ink/1")]
+    """
+    shelf.add("user", user)
+    assert open_registry("user").call("make_observer") == [("user", [None])]
+    shelf.add("well", "@hookimpl\ndef make_service(name): return 'black'", manifest='provides=("ink/1",)')
+    registry = open_registry("user", "well", part="face")
+    assert registry.context("user").service("ink/1") == "black"
+    assert [entry.name for entry in registry.plan.plugins] == ["well", "user"]
