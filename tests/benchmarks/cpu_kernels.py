@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import mmap
 import statistics
 import subprocess
 import sys
@@ -39,13 +40,16 @@ extern "C" uint64_t read_all(const char *data, long bytes, int threads) {
     std::atomic<long> next{0};
     std::atomic<uint64_t> result{0};
     auto work = [&] {
-        block a{}, b{};
+        block a{}, b{}, c{}, d{};
         for (long begin; (begin = next.fetch_add(1 << 20)) < bytes;)
-            for (long i = begin, end = begin + (1 << 20) < bytes ? begin + (1 << 20) : bytes; i + 128 <= end; i += 128) {
+            for (long i = begin, end = begin + (1 << 20) < bytes ? begin + (1 << 20) : bytes; i + 256 <= end; i += 256) {
+                for (int ahead = 0; ahead < 256; ahead += 64) __builtin_prefetch(data + i + 4096 + ahead);
                 a ^= *(const block *)(data + i);
                 b ^= *(const block *)(data + i + 64);
+                c ^= *(const block *)(data + i + 128);
+                d ^= *(const block *)(data + i + 192);
             }
-        a ^= b;
+        a ^= b ^ c ^ d;
         result += a[0];
     };
     std::vector<std::thread> others;
@@ -79,7 +83,9 @@ def reader():
         )
         read_all = ctypes.CDLL(str(library)).read_all
     read_all.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
-    large = torch.zeros(1 << 30, dtype=torch.uint8)
+    pages = mmap.mmap(-1, 1 << 30)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    large = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
     return lambda count: read_all(large.data_ptr(), count, threads.num_threads())
 
 

@@ -85,7 +85,8 @@ def run_engine(engine: str, python: str, folder: Path, arguments: argparse.Names
     if done.returncode:
         lines = (done.stderr or "").strip().splitlines()
         return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-    return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": round(time.monotonic() - start, 2)}
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]  # some engines write more when they end
+    return {**json.loads(found[-1]), "process_seconds": round(time.monotonic() - start, 2)}
 
 
 def plain_reads(bytes_: int, threads: int, times: int = 5) -> list[float]:
@@ -132,6 +133,13 @@ def table(results: dict[str, dict[str, Any]], workloads: list[str]) -> str:
     return "\n".join([*lines, "", "tokens a second; (ours / theirs); * other programs took more than a quarter of a core"])
 
 
+def write(out: Path, results: dict[str, Any], reads: list[float], size: int, arguments: argparse.Namespace) -> None:
+    """What is measured so far."""
+    facts = {"threads": arguments.threads, "quick": arguments.quick, "plain_read_seconds": statistics.median(reads)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**facts, "weight_bytes": size, "cpu": cpu_name(), "engines": results}, indent=1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape and a tenth of the work")
@@ -155,10 +163,8 @@ def main() -> int:
         print(f"{engine}: running ...", file=sys.stderr)
         results[engine] = run_engine(engine, python, folder, arguments)
         reads += plain_reads(size, arguments.threads)
+        write(arguments.out, results, reads, size, arguments)
     floor = statistics.median(reads)
-    facts = {"threads": arguments.threads, "quick": arguments.quick, "plain_read_seconds": floor, "weight_bytes": size}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**facts, "cpu": cpu_name(), "engines": results}, indent=1))
     print(table(results, arguments.workloads))
     print("\n".join(single_stream(results, floor)))
     print(f"written to {arguments.out}")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kernel_core import Engine, SamplingParams
 
 PROMPT = "<|user|>What does os.path.join do?<|end|><|assistant|>"
-TEMPERATURE, REQUESTS = 3.0, 24_000
+TEMPERATURE, REQUESTS = 1.7, 24_000
 DRAFTERS = {
     "draft model": {"draft_model": {"model": "tiny-draft", "draft_tokens": 2, "adaptive": False}},
     "eagle3 tree": {"eagle": {"head": "tiny-chat-eagle3", "tree": True, "draft_tokens": 8, "adaptive": False}},
