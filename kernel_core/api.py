@@ -20,6 +20,7 @@ from kernel_core.plan import (
     Capabilities,
     Job,
     KVGroup,
+    Logprobs,
     Opened,
     SamplingRow,
     Span,
@@ -59,22 +60,35 @@ from kernel_core.request import (
 from kernel_core.wire import decode, encode
 
 if _CHECKING:
+    from kernel_core.assembly import EnginePart, Face, inspect_model, open_engine, open_face
     from kernel_core.async_engine import AsyncEngine
-    from kernel_core.engine import Engine
+    from kernel_core.engine import Engine, EngineFacts, find_verb
     from kernel_core.explain import Row, survey
+    from kernel_core.intake import Accepted, Intake
     from kernel_core.llm import LLM
+    from kernel_core.outputs import Outputs
     from kernel_core.resolver import ResolvedPlan, resolve
     from kernel_core.sampling_arguments import add_sampling_arguments, sampling_from_arguments
     from kernel_core.settings import config_from_arguments
 
 _FACES = {
+    "Accepted": "intake:Accepted",
     "AsyncEngine": "async_engine:AsyncEngine",
     "Engine": "engine:Engine",
+    "EngineFacts": "engine:EngineFacts",
+    "EnginePart": "assembly:EnginePart",
+    "Face": "assembly:Face",
+    "Intake": "intake:Intake",
     "LLM": "llm:LLM",
+    "Outputs": "outputs:Outputs",
     "ResolvedPlan": "resolver:ResolvedPlan",
     "Row": "explain:Row",
     "add_sampling_arguments": "sampling_arguments:add_sampling_arguments",
     "config_from_arguments": "settings:config_from_arguments",
+    "find_verb": "engine:find_verb",
+    "inspect_model": "assembly:inspect_model",
+    "open_engine": "assembly:open_engine",
+    "open_face": "assembly:open_face",
     "resolve": "resolver:resolve",
     "sampling_from_arguments": "sampling_arguments:sampling_from_arguments",
     "survey": "explain:survey",

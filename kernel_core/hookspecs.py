@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         LogitsTransform,
         OpRegistry,
         StepInputs,
+        StepProbe,
         WeightFormat,
         WorkerContext,
     )
@@ -240,6 +241,15 @@ def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
 @home("worker", composes="exclusive")
 def make_drafter(context: WorkerContext) -> Drafter:
     """Propose draft tokens after each step; the kernel verifies them."""
+    raise NotImplementedError
+
+
+@hookspec
+@home("worker", composes="all")
+def watch_steps(context: WorkerContext, models: Mapping[str, Any], probes: list[StepProbe]) -> None:
+    """Learn of the loaded modules ("model", and "drafter" where it has layers) and of where probes go. A plugin puts a probe into
+    `probes` to measure steps and takes it out again, both between two steps (from a registered call); without one a step
+    costs nothing. Called once a rank, when the weights are loaded."""
     raise NotImplementedError
 
 

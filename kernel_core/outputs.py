@@ -108,7 +108,8 @@ class Outputs:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracked
 
-    def add(self, accepted: Accepted) -> None:
+    def add(self, accepted: Accepted) -> RequestOutput:
+        """→ its live output, which grows with every `apply`."""
         params = accepted.params
         output = RequestOutput(accepted.request_id, accepted.prompt, accepted.token_ids, [])
         output.timings = RequestTimings(arrival=accepted.arrival)
@@ -121,6 +122,12 @@ class Outputs:
             self._completions[request.id] = tracked.completions[-1]
             output.outputs.append(completion)
         self._tracked[output.request_id] = tracked
+        return output
+
+    def forget(self, request_id: str) -> None:
+        """The engine refused it: nothing will come."""
+        for completion in self._tracked.pop(request_id).completions:
+            self._completions.pop(completion.request_id, None)
 
     def core_ids(self, request_ids: Sequence[str]) -> list[str]:
         """The running sequences of these user requests; unknown ones are ignored."""

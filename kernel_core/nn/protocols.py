@@ -459,6 +459,20 @@ class LayeredDrafter(Drafter, Protocol):
         ...
 
 
+@runtime_checkable
+class StepProbe(Protocol):
+    """Measures steps on one rank. It is told of steps while it is in the list that `watch_steps` was given; one that raises is
+    reported and taken out."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """A step is about to be submitted. Rate: step."""
+        ...
+
+    def end(self, plan: StepPlan, timings: Mapping[str, float]) -> None:
+        """It is submitted: host seconds of its phases in order, and "total". Rate: step."""
+        ...
+
+
 # ---- device ------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ an engine, in whatever process, comes out the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -20,7 +21,16 @@ from kernel_core.errors import CapacityError, ConfigError, PluginError
 from kernel_core.manifest import ModelFamily
 from kernel_core.nn.kv import AttentionChoice, Blocks, KVStore, attention_specs, choose_block_size, kv_groups
 from kernel_core.nn.memory import activation_bytes, split_memory, weight_bytes
-from kernel_core.nn.protocols import AttentionSpec, Device, Drafter, LayeredDrafter, ModelContext, Target, WorkerContext
+from kernel_core.nn.protocols import (
+    AttentionSpec,
+    Device,
+    Drafter,
+    LayeredDrafter,
+    ModelContext,
+    StepProbe,
+    Target,
+    WorkerContext,
+)
 from kernel_core.nn.reference_attention import ReferenceAttention
 from kernel_core.nn.runner import Pending, Runner
 from kernel_core.plan import Allocation, Capabilities, StepPlan, StepResult, WorkerReport
@@ -31,6 +41,7 @@ from kernel_core.wire import encode
 
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 JOB = "job"  # the registered call that takes a plugin's jobs
+logger = logging.getLogger("kernel_core")
 EXPLAIN = "kernel.explain"  # the kernel's own call: which ops and attention backends were chosen
 
 
@@ -45,6 +56,7 @@ class Worker:
         self.runner: Runner | None = None
         self.drafter: Drafter | None = None
         self._calls: dict[str, Call] = {}
+        self._probes: list[StepProbe] = []
         self._timings: dict[str, float] = {}
 
     # ---- start
@@ -67,6 +79,8 @@ class Worker:
         self.model = self._timed("model", self._build_model)
         self.draft_model = self._timed("drafter", self._build_drafter) if self.drafter else None
         self._register_calls()
+        models = {"model": self.model} | ({} if self.draft_model is None else {"drafter": self.draft_model})
+        self.registry.call("watch_steps", self.context, models=models, probes=self._probes)
         return self._report()
 
     def _open_device(self) -> Device:
@@ -186,7 +200,21 @@ class Worker:
         """Start a step. Where the device declares `async_submit` this returns while it runs. Rate: step."""
         if self.runner is None:
             raise CapacityError("the worker has no KV yet: call allocate() before the first step")
-        return self.runner.submit(plan)
+        return self._probed(plan) if self._probes else self.runner.submit(plan)
+
+    def _probed(self, plan: StepPlan) -> Pending:
+        self._tell_probes(lambda probe: probe.begin(plan))
+        pending = self.runner.submit(plan)
+        self._tell_probes(lambda probe: probe.end(plan, pending.timings))
+        return pending
+
+    def _tell_probes(self, verb: Callable[[StepProbe], None]) -> None:
+        for probe in tuple(self._probes):
+            try:
+                verb(probe)
+            except Exception:
+                self._probes.remove(probe)
+                logger.exception("the probe %s failed and is taken out", type(probe).__qualname__)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Run a step to its end. Rate: step."""
@@ -203,6 +231,7 @@ class Worker:
         """Let go of model, KV and device; idempotent."""
         self.runner = self.drafter = None
         self.model = self.draft_model = None
+        self._probes.clear()
         registry, device = self.registry, self.device
         self.registry = self.device = None
         try:

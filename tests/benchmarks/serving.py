@@ -1,0 +1,274 @@
+"""How many token chunks a server streams, on a device that computes nothing: `serving.py [--streams N] [--tokens N] ...`
+→ build/bench/serving.json and one line each.
+
+stream: `kernel serve` with one API process; a client of plain sockets in a process of its own reads every stream of
+/v1/completions. Counted are events that bring tokens, on the clock and for each second that the API process computed.
+loop: median time of an engine step when nobody listens, and when an API process takes every update; with a device that takes
+no time at all, and with one that takes --step-seconds. On two cores the first also shows three processes sharing them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, VOCAB = "tiny-chat", 4000
+STEADY = 300  # steps at either end that are not counted
+LOOP_TOKENS = 3000  # long enough that all requests run at once, though nothing slows the device down
+
+
+def _null_executor(folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location("null_executor", Path(__file__).with_name("null_executor.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.install(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path.insert(0, str(folder))
+
+
+def _settings(streams: int, tokens: int, step_seconds: float) -> dict[str, Any]:
+    null = {"vocab_size": VOCAB, "max_model_len": tokens + 64, "step_seconds": step_seconds}
+    engine = {"max_requests": streams, "kv_blocks": streams * (tokens // 16 + 4) + 16, "sampling_defaults": "kernel"}
+    return {
+        "model": MODEL,
+        "executor": "null_executor",
+        "engine": engine,
+        "plugins": {"null_executor": null, "openai_server": {}},
+    }
+
+
+# ---- stream
+
+
+async def read_streams(port: int, streams: int, tokens: int) -> dict[str, float]:
+    """All streams at once → events with tokens, seconds from the first to the last."""
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True, "stream": True}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n"
+    request = head.encode() + b"connection: close\r\n\r\n" + data
+    first: list[float] = []
+
+    async def one() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        writer.write(request)
+        events, tail = 0, b""
+        while data := await reader.read(1 << 16):
+            first.append(time.monotonic()) if not first else None
+            data = tail + data
+            events += data.count(b"data: {")
+            tail = data[-6:] if not data.endswith(b"\n") else b""
+        writer.close()
+        return events
+
+    events = sum(await asyncio.gather(*(one() for _ in range(streams))))
+    return {"events": events, "seconds": time.monotonic() - first[0]}
+
+
+def measure_stream(streams: int, tokens: int, step_seconds: float) -> dict[str, float]:
+    settings = _settings(streams, tokens, step_seconds)
+    command = [sys.executable, "-m", "kernel_core", "serve", "--port", "0", "--model", MODEL]
+    command += ["--set", 'executor="null_executor"']
+    for table, values in (("engine", settings["engine"]), ("plugins.null_executor", settings["plugins"]["null_executor"])):
+        command += [part for key, value in values.items() for part in ("--set", f"{table}.{key}={json.dumps(value)}")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        banner = ""
+        for line in server.stdout:
+            banner += line
+            if line.startswith("serving:"):
+                break
+        port = int(re.search(r":(\d+)", banner.rpartition("http://")[2])[1])
+        _client(port, 4, 20)  # warm
+        before = _seconds(server.pid)
+        found = _client(port, streams, tokens)
+        used = {name: seconds - before[name] for name, seconds in _seconds(server.pid).items()}
+        server.terminate()
+    events = found["events"]
+    return {
+        "streams": streams,
+        "tokens": streams * tokens,
+        "events": events,
+        "events_per_s": round(events / found["seconds"]),
+        "tokens_per_s": round(streams * tokens / found["seconds"]),
+        "events_per_api_cpu_s": round(events / used["api_process"]),
+        "tokens_per_api_cpu_s": round(streams * tokens / used["api_process"]),
+        "engine_cores": round(used["process"] / found["seconds"], 2),
+    }
+
+
+def _client(port: int, streams: int, tokens: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--read", str(port), "--streams", str(streams), "--tokens", str(tokens)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _seconds(pid: int) -> dict[str, float]:
+    """CPU seconds of the processes of a server, by the last word of their module."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        found[words[-2].rpartition(".")[2]] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+# ---- loop
+
+
+class Steps:
+    """Wraps the loop's step: when each one ended while all requests ran."""
+
+    def __init__(self, part: Any, streams: int) -> None:
+        self._step, self._scheduler, self._streams = part.core.loop.step, part.core.scheduler, streams
+        self.ends: list[float] = []
+        self.over: Callable[[], None] = lambda: None
+        part.core.loop.step = self
+
+    def __call__(self) -> bool:
+        worked = self._step()
+        if self._scheduler.running == self._streams:
+            self.ends.append(time.perf_counter())
+        elif self.ends and not self._scheduler.unfinished:
+            self.over()
+        return worked
+
+    def median(self) -> float:
+        ends = self.ends[STEADY:-STEADY]
+        return median(after - before for before, after in pairwise(ends))
+
+
+class Over(Exception):
+    """All requests ended."""
+
+
+def measure_loop(streams: int, tokens: int, listened: bool, step_seconds: float = 0.0) -> float:
+    """Median seconds of a step, with an API process or with nobody."""
+    from kernel_openai_server.engine.messages import EngineJob
+    from kernel_openai_server.engine.process import EngineProcess, bound
+    from kernel_openai_server.supervise import private_address
+
+    from kernel_core.api import KernelConfig, encode, inspect_model, open_engine, resolve
+
+    plan = resolve(KernelConfig.model_validate(_settings(streams, tokens, step_seconds)))
+    model = inspect_model(plan)
+    with private_address() as address, bound(address) as socket:
+        process = EngineProcess(socket)
+        part = open_engine(plan, model, process.emit if listened else (lambda updates: None))
+        steps = Steps(part, streams)
+        if not listened:
+            _add(part, streams, tokens)
+            while part.core.loop.step():
+                pass
+            return steps.median()
+
+        def over() -> None:
+            raise Over
+
+        steps.over = over
+        job = encode(EngineJob(plan.to_json(), model, address))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(job)
+            file.flush()
+            command = [sys.executable, __file__, "--consume", file.name, "--streams", str(streams), "--tokens", str(tokens)]
+            reader = subprocess.Popen(command)
+            try:
+                process.run(part)
+            except Over:
+                process._flush()
+            reader.kill()
+            reader.wait()
+        return steps.median()
+
+
+def _add(part: Any, streams: int, tokens: int) -> None:
+    import numpy as np
+
+    from kernel_core.api import Request, SamplingRow
+
+    for i in range(streams):
+        part.core.add(Request(f"r{i}", np.arange(1, 9, dtype=np.int32) + i, SamplingRow(), i, 8 + tokens))
+
+
+async def consume(job: Path, streams: int, tokens: int) -> None:
+    """An API process without HTTP."""
+    from kernel_openai_server.engine.client import RemoteEngine
+    from kernel_openai_server.engine.messages import EngineJob
+
+    from kernel_core.api import ResolvedPlan, decode
+
+    made = decode(job.read_bytes(), EngineJob)
+    async with RemoteEngine(ResolvedPlan.from_json(made.plan), made.model, made.address) as engine:
+        await engine.ready()
+
+        async def one(i: int) -> None:
+            params = engine.params(max_tokens=tokens, temperature=1.0, ignore_eos=True)
+            async for _ in engine.generate([1 + i % 99] * 8, params):
+                pass
+
+        await asyncio.gather(*(one(i) for i in range(streams)))
+
+
+def _loop(streams: int, step_seconds: float, repeat: int) -> dict[str, float]:
+    """The best of each kind, measured in turn."""
+    pairs = [[measure_loop(streams, LOOP_TOKENS, listened, step_seconds) for listened in (False, True)] for _ in range(repeat)]
+    alone, listened = (min(pair[i] for pair in pairs) for i in (0, 1))
+    return {"alone_ms": round(alone * 1e3, 4), "listened_ms": round(listened * 1e3, 4), "loss": round(1 - alone / listened, 4)}
+
+
+# ---- everything
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    streams, tokens = arguments.streams, arguments.tokens
+    with tempfile.TemporaryDirectory() as folder:
+        _null_executor(Path(folder))
+        if arguments.what in ("loop", "all"):
+            pairs = [
+                [measure_loop(streams, LOOP_TOKENS, listened) for listened in (False, True)] for _ in range(arguments.repeat)
+            ]
+            alone, listened = (min(pair[i] for pair in pairs) for i in (0, 1))
+            result["loop"] = {"alone_ms": alone * 1e3, "listened_ms": listened * 1e3, "loss": 1 - alone / listened}
+        if arguments.what in ("stream", "all"):
+            runs = [measure_stream(streams, tokens, arguments.step_seconds) for _ in range(arguments.repeat)]
+            result["stream"] = max(runs, key=lambda run: run["events_per_s"])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("all", "stream", "loop"), default="all")
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--step-seconds", type=float, default=0.005, help="what a step of the device takes")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--consume", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.read is not None:
+        print(json.dumps(asyncio.run(read_streams(arguments.read, arguments.streams, arguments.tokens))))
+        return
+    if arguments.consume is not None:
+        return asyncio.run(consume(arguments.consume, arguments.streams, arguments.tokens))
+    result = measure(arguments)
+    (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
+    (ROOT / "build" / "bench" / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, values in result.items():
+        print(name, json.dumps(values))
+
+
+if __name__ == "__main__":
+    main()
