@@ -111,8 +111,9 @@ enum Activation { kSilu = 0, kGeluTanh = 1, kGeluErf = 2 };
 
 template <int A> KC_INLINE vf activate(vf x) {
     if constexpr (A == kSilu) return x * sigmoid(x);
-    else if constexpr (A == kGeluTanh) return x * 0.5f * (1.0f + vtanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    else return x * 0.5f * (1.0f + verf(x * 0.70710678118654752f));
+    else if constexpr (A == kGeluTanh) return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    vf tail = verfc(magnitude(x) * 0.70710678118654752f) * 0.5f;
+    return x * select((vi)(x < 0.0f), tail, 1.0f - tail);
 }
 
 template <class T, int A> void gate(const T *x, T *out, long width) {
