@@ -233,10 +233,11 @@ KC_API void kc_linear(const void *x, int x_bf16, long ldx, const void *w, int fo
                       int bias_bf16, void *out, long ldo, long m, long n, long k) {
     Problem p{x, w, bias, scale, out, ldx, ldo, m, n, k, (k + 1) / 2, (n + NR - 1) / NR, !!x_bf16, !!bias_bf16, (Format)format};
     if (format == kF32) return run<F32Source<NV>>(p);
-    if (format == kI8) return run<I8Source<NV>>(p);
 #if KC_DOT
+    if (x_bf16 && format == kI8) return run<I8DotSource<NV>>(p);
     if (x_bf16) return run<Bf16DotSource<NV>>(p);
 #endif
+    if (format == kI8) return run<I8Source<NV>>(p);
     run<Bf16Source<NV>>(p);
 }
 

@@ -6,7 +6,7 @@
 namespace kc {
 
 // A source yields the rows of B two at a time ("a pair": k = 2p and 2p + 1). kStride is what one pair occupies, in
-// units of Item; row(h) is the half h of a pair for vector v, as floats.
+// units of Item; row(h) is the half h of a pair for vector v, as floats. A source with kDot yields both halves as pairs of bf16.
 
 template <int NV> struct Bf16Source {  // u32 lanes: (k = 2p in the low half, 2p + 1 in the high half)
     using Item = uint32_t;
@@ -20,6 +20,7 @@ template <int NV> struct Bf16Source {  // u32 lanes: (k = 2p in the low half, 2p
 
 template <int NV> struct Bf16DotSource : Bf16Source<NV> {  // the same bytes, multiplied pair by pair
     static constexpr bool kDot = true;
+    KC_INLINE vu pair(const uint32_t *b, int v) { return *(const vu_mem *)(b + v * W); }
 };
 
 template <int NV> struct F32Source {
@@ -44,12 +45,20 @@ template <int NV> struct I8Source {
     }
 };
 
+template <int NV> struct I8DotSource : I8Source<NV> {  // the same bytes as pairs of bf16, which holds every int8
+    static constexpr bool kDot = true;
+    KC_INLINE vu pair(const int8_t *b, int v) {
+        vu low = (vu)I8Source<NV>::template row<0>(b, v), high = (vu)I8Source<NV>::template row<1>(b, v);
+        return low >> 16 | high;
+    }
+};
+
 // One pair of k for NP panels of NV vectors. a points at the pair: A(i, h) = a[i * RS + h * KS].
 template <class Src, int MR, int NP, int NV, int RS, int KS>
 KC_INLINE void tile_pair(vf (&acc)[MR][NP * NV], const float *a, const typename Src::Item *b, ptrdiff_t panel) {
     if constexpr (Src::kDot) {
         KC_UNROLL for (int p = 0; p < NP; ++p) KC_UNROLL for (int v = 0; v < NV; ++v) {
-            vu w = *(const vu_mem *)(b + p * panel + v * W);
+            vu w = Src::pair(b + p * panel, v);
             KC_UNROLL for (int i = 0; i < MR; ++i) {
                 uint32_t pair;
                 memcpy(&pair, a + i * RS, 4);
