@@ -11,14 +11,7 @@ if TYPE_CHECKING:
     from kernel_core.async_engine import AsyncEngine
     from kernel_core.config import EngineConfig, KernelConfig
     from kernel_core.engine import Engine
-    from kernel_core.errors import (
-        CapacityError,
-        ConfigError,
-        EngineDeadError,
-        KernelError,
-        PluginError,
-        RequestError,
-    )
+    from kernel_core.errors import CapacityError, ConfigError, EngineDeadError, KernelError, PluginError, RequestError
     from kernel_core.llm import LLM
     from kernel_core.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 

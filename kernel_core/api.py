@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING as _CHECKING
 
 from kernel_core.config import EngineConfig, KernelConfig
 from kernel_core.contexts import BuildContext, EngineContext, ModelInfo
+from kernel_core.discovery import Found, Installed, install_hint, load, profile, profile_data
 from kernel_core.errors import CapacityError, ConfigError, EngineDeadError, KernelError, PluginError, RequestError
 from kernel_core.hookspecs import home, hookimpl, hookspec
 from kernel_core.manifest import API_VERSION, Command, Constraint, Manifest, ModelFamily, Section
@@ -48,22 +49,14 @@ from kernel_core.protocols import (
     TextStream,
     Verb,
 )
-from kernel_core.request import (
-    CompletionOutput,
-    DraftCounts,
-    Logprob,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Updates,
-)
+from kernel_core.request import CompletionOutput, DraftCounts, Logprob, Request, RequestOutput, SamplingParams, Updates
 from kernel_core.wire import decode, encode
 
 if _CHECKING:
     from kernel_core.assembly import EnginePart, Face, inspect_model, open_engine, open_face
     from kernel_core.async_engine import AsyncEngine
+    from kernel_core.enabling import configure
     from kernel_core.engine import Engine, EngineFacts, find_verb
-    from kernel_core.explain import Row, survey
     from kernel_core.intake import Accepted, Intake
     from kernel_core.llm import LLM
     from kernel_core.outputs import Outputs
@@ -72,34 +65,24 @@ if _CHECKING:
     from kernel_core.settings import config_from_arguments
 
 _FACES = {
-    "Accepted": "intake:Accepted",
-    "AsyncEngine": "async_engine:AsyncEngine",
-    "Engine": "engine:Engine",
-    "EngineFacts": "engine:EngineFacts",
-    "EnginePart": "assembly:EnginePart",
-    "Face": "assembly:Face",
-    "Intake": "intake:Intake",
-    "LLM": "llm:LLM",
-    "Outputs": "outputs:Outputs",
-    "ResolvedPlan": "resolver:ResolvedPlan",
-    "Row": "explain:Row",
-    "add_sampling_arguments": "sampling_arguments:add_sampling_arguments",
-    "config_from_arguments": "settings:config_from_arguments",
-    "find_verb": "engine:find_verb",
-    "inspect_model": "assembly:inspect_model",
-    "open_engine": "assembly:open_engine",
-    "open_face": "assembly:open_face",
-    "resolve": "resolver:resolve",
-    "sampling_from_arguments": "sampling_arguments:sampling_from_arguments",
-    "survey": "explain:survey",
+    "assembly": "EnginePart Face inspect_model open_engine open_face",
+    "async_engine": "AsyncEngine",
+    "enabling": "configure",
+    "engine": "Engine EngineFacts find_verb",
+    "intake": "Accepted Intake",
+    "llm": "LLM",
+    "outputs": "Outputs",
+    "resolver": "ResolvedPlan resolve",
+    "sampling_arguments": "add_sampling_arguments sampling_from_arguments",
+    "settings": "config_from_arguments",
 }
+_HOME_OF = {name: module for module, names in _FACES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _FACES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _FACES[name].split(":")
-    return getattr(_import(f"kernel_core.{module}"), attribute)
+    return getattr(_import(f"kernel_core.{_HOME_OF[name]}"), name)
 
 
-__all__ = [name for name in (*dir(), *_FACES) if not name.startswith("_")]
+__all__ = [name for name in (*dir(), *_HOME_OF) if not name.startswith("_")]

@@ -78,7 +78,18 @@ class Face:
 
     def intake(self, facts: EngineFacts) -> Intake:
         """For requests to the engine of these facts."""
-        return _intake(self.registry.plan, self.registry.model, self.codec, self.fields, facts)
+        engine, model = self.registry.plan.config.engine, self.registry.model
+        known = [*KERNEL_FIELDS, *(name for f in self.fields if f.model is not None for name in f.model.model_fields)]
+        defaults = sampling_defaults(model.generation, known) if engine.sampling_defaults == "model" else {}
+        limits = Limits(
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            max_logprobs=engine.max_logprobs,
+            max_tokens=defaults.get("max_tokens"),
+            priorities=facts.has_policy,
+            seed=engine.seed,
+        )
+        return Intake(limits, self.codec, self.fields, defaults)
 
     def close(self) -> None:
         self.registry.close()
@@ -117,23 +128,6 @@ def _fieldsets(face: Registry) -> list[FieldSet]:
         for name in names
         if name in models or name in preparers
     ]
-
-
-def _intake(
-    plan: ResolvedPlan, model: ModelInfo, codec: TextCodec | None, fieldsets: Sequence[FieldSet], facts: EngineFacts
-) -> Intake:
-    engine = plan.config.engine
-    known = [*KERNEL_FIELDS, *(name for f in fieldsets if f.model is not None for name in f.model.model_fields)]
-    defaults = sampling_defaults(model.generation, known) if engine.sampling_defaults == "model" else {}
-    limits = Limits(
-        max_model_len=facts.max_model_len,
-        vocab_size=facts.vocab_size,
-        max_logprobs=engine.max_logprobs,
-        max_tokens=defaults.get("max_tokens"),
-        priorities=facts.has_policy,
-        seed=engine.seed,
-    )
-    return Intake(limits, codec, fieldsets, defaults)
 
 
 # ---- engine

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from kernel_core.config import KernelConfig
 from kernel_core.engine import Engine, find_verb
@@ -19,6 +19,7 @@ from kernel_core.outputs import Tracked
 from kernel_core.protocols import TextCodec
 from kernel_core.request import RequestOutput, SamplingParams
 
+T = TypeVar("T")
 logger = logging.getLogger("kernel_core")
 
 
@@ -112,9 +113,7 @@ class AsyncEngine:
 
     async def call(self, method: str, payload: bytes = b"") -> list[bytes]:
         """Run the registered call "plugin.name" on every rank, between two steps."""
-        answer: Future[list[bytes]] = Future()
-        self._send(lambda: _settle(answer, lambda: self._engine.call(method, payload)))
-        return await asyncio.wrap_future(answer)
+        return await self._ask(lambda: self._engine.call(method, payload))
 
     async def verb(self, name: str, *arguments: Any, **named: Any) -> Any:
         """Run a verb that a plugin registered (`LLM`'s further methods), in a thread of its own. Raises AttributeError."""
@@ -136,9 +135,7 @@ class AsyncEngine:
 
     async def reset_cache(self) -> None:
         """Forget the KV of earlier requests, between two steps."""
-        done: Future[None] = Future()
-        self._send(lambda: _settle(done, self._engine.reset_cache))
-        await asyncio.wrap_future(done)
+        await self._ask(self._engine.reset_cache)
 
     def close(self) -> None:
         """Stop everything; idempotent. Iterators that still wait raise EngineDeadError."""
@@ -160,6 +157,12 @@ class AsyncEngine:
                 raise EngineDeadError(self.dead or "the engine is closed")
             self._inbox.append(command)
             self._work.notify()
+
+    async def _ask(self, function: Callable[[], T]) -> T:
+        """Run it in the engine's thread, between two steps."""
+        answer: Future[T] = Future()
+        self._send(lambda: _settle(answer, function))
+        return await asyncio.wrap_future(answer)
 
     # ---- in the engine's thread
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import metadata
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from kernel_core.config import KernelConfig
 from kernel_core.constraints import Imposed, apply, impose
@@ -41,14 +43,7 @@ class ResolvedPlan:
     kernel: str = ""  # version of the kernel's distribution
 
     def _data(self) -> dict[str, Any]:
-        return {
-            "config": as_data(self.config),
-            "plugins": [asdict(entry) for entry in self.plugins],
-            "device": asdict(self.device),
-            "executor": self.executor,
-            "explanation": list(self.explanation),
-            "kernel": self.kernel,
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"config": as_data(self.config)}
 
     @cached_property
     def hash(self) -> str:
@@ -62,15 +57,7 @@ class ResolvedPlan:
     def from_json(cls, data: bytes) -> ResolvedPlan:
         """Raises ConfigError when the plan is not what was written."""
         document = json.loads(data)
-        values = document["plan"]
-        plan = cls(
-            config=KernelConfig.model_validate(values["config"]),
-            plugins=tuple(PluginEntry(**entry) for entry in values["plugins"]),
-            device=PluginEntry(**values["device"]),
-            executor=values["executor"],
-            explanation=tuple(values["explanation"]),
-            kernel=values["kernel"],
-        )
+        plan: ResolvedPlan = TypeAdapter(cls).validate_python(document["plan"])
         if plan.hash != document["hash"]:
             raise ConfigError("the plan was changed on its way: its hash does not fit")
         return plan
@@ -89,7 +76,7 @@ class ResolvedPlan:
 
 
 def _canonical(data: Any) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=asdict).encode()
 
 
 def _version(distribution: str) -> str | None:

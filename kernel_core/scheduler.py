@@ -213,17 +213,8 @@ class Scheduler:
         if slot >= 0:
             known, committed, planned = (int(a[slot]) for a in (slots.known_done, slots.computed_done, slots.computed))
         payload = request.payloads.get(self._policy_plugin) if self._policy_plugin else None
-        return RequestView(
-            request.id,
-            entry.arrival,
-            request.priority,
-            entry.num_prompt,
-            known,
-            committed,
-            planned,
-            entry.cached or 0,
-            payload,
-        )
+        counts = (entry.num_prompt, known, committed, planned, entry.cached or 0)
+        return RequestView(request.id, entry.arrival, request.priority, *counts, payload)
 
     def _view_with_hit(self, entry: Entry) -> RequestView:
         return replace(self.view(entry), expected_hit=self.prefixes.expected(entry))

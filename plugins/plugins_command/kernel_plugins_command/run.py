@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernel_core import api
+from kernel_plugins_command.survey import Row, survey
 
 STYLES = {"enabled": "bold green", "default": "green", "broken": "bold red", "missing": "yellow", "off": "dim"}
 WIDE = 200
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.explain == "ops":
         explain_ops(config, arguments.json)
     else:
-        print_survey(api.survey(config), arguments.json)
+        print_survey(survey(config), arguments.json)
     return 0
 
 
@@ -64,7 +65,7 @@ def explain_ops(config: api.KernelConfig, as_json: bool) -> None:
     _print(table)
 
 
-def print_survey(rows: list[api.Row], as_json: bool) -> None:
+def print_survey(rows: list[Row], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         return

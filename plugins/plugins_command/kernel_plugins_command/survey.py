@@ -1,14 +1,11 @@
-"""What is installed and what takes part, as data for `kernel plugins`."""
+"""What is installed and what takes part, as data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from kernel_core.config import KernelConfig
-from kernel_core.discovery import Found, Installed, install_hint, load, profile, profile_data
-from kernel_core.enabling import configure
-from kernel_core.errors import PluginError
+from kernel_core.api import Found, Installed, KernelConfig, PluginError, configure, install_hint, load, profile, profile_data
 
 
 @dataclass(frozen=True, slots=True)
