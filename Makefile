@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+unexport PYTHONDONTWRITEBYTECODE  # without compiled files every start takes two seconds longer
 
 VENV    ?= .venv
 BIN     := $(VENV)/bin
@@ -45,7 +46,7 @@ setup: $(READY) ## only the environment: .venv with every distribution of this r
 	$(call say,$(VENV) is ready: $$($(BIN)/python --version))
 
 run: $(READY) ## answer a few prompts with the embedded model tiny-chat
-	$(call say,kernel generate: the embedded model answers $(words $(QUESTIONS)) words of questions)
+	$(call say,kernel generate: the embedded model tiny-chat answers)
 	@$(BIN)/kernel generate --chat $(QUESTIONS) --stats
 
 test: $(READY) ## fast tests (TESTS=path or -k expression; JOBS=1 for one process)

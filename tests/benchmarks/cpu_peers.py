@@ -76,6 +76,7 @@ def run_engine(engine: str, python: str, folder: Path, arguments: argparse.Names
     names = [name for name in ENGINES[engine][1] if name in arguments.workloads]
     command = [python, str(Path(__file__).with_name("cpu_engine.py")), engine, str(folder), ",".join(names)]
     command += [str(arguments.threads), str(QUICK if arguments.quick else 1.0), str(DISTURBED), str(ATTEMPTS)]
+    subprocess.run([python, "-c", "import torch, transformers"], check=False, capture_output=True)  # compiled once, before
     start = time.monotonic()
     errors = None if arguments.verbose else subprocess.PIPE
     try:

@@ -87,7 +87,8 @@ def test_any_tokens_in_any_pieces_give_the_text_of_the_whole(kind, folder, data)
     whole = codec.decode(ids, skip_special_tokens=skip)
     text = streamed(codec, ids, cuts, skip_special_tokens=skip)
     if kind == "byte_level":
-        assert text in {whole, whole.removesuffix(BROKEN)}
+        # Incomplete at the end, and dropped. Half a surrogate is two broken characters to tokenizers and one to Python.
+        assert text in {whole, whole.removesuffix(BROKEN), whole.removesuffix(2 * BROKEN)}
     elif BROKEN not in whole:
         assert text == whole
 
@@ -239,6 +240,19 @@ def test_a_model_without_a_chat_template_says_what_to_do(tmp_path):
         chat_codec(tmp_path / "m", None).apply_chat_template([{"role": "user", "content": "x"}])
 
 
-def test_a_folder_without_any_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no tokenizer"):
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         Codec(ModelInfo(str(tmp_path), "safetensors", {}))
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_and_gives_token_ids_only(tmp_path, caplog):
+    codec = Codec(ModelInfo(str(tmp_path), "safetensors", {"eos_token_id": 2}))
+    assert "has no tokenizer" in caplog.text
+    assert codec.eos_ids == {2}
+    stream = codec.stream([1], SamplingParams())
+    assert stream.push([5, 6])[0] + stream.flush() == ""
+    with pytest.raises(RequestError, match="send token ids"):
+        codec.encode("hello")
+    with pytest.raises(RequestError, match="no chat template"):
+        codec.apply_chat_template([{"role": "user", "content": "hello"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
 from kernel_core.api import ConfigError, ModelInfo, RequestError, SamplingParams
 from kernel_text.detokenise import ByteDetokeniser, TokenBytes, WindowDetokeniser
 from kernel_text.eos import find_eos_ids
 from kernel_text.stream import Stream
+
+logger = logging.getLogger("kernel_text")
+#: one of these makes a folder one with a tokenizer
+FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
 
 
 class Codec:
@@ -23,12 +29,25 @@ class Codec:
     def __init__(self, model: ModelInfo, trust_code: bool = False) -> None:
         self._path = Path(model.tokenizer_path or model.path)
         self._trust_code = trust_code
-        file = self._path / "tokenizer.json"
-        self.tokenizer: Tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else self._converted()
+        self._missing = not any(match for pattern in FILES for match in self._path.glob(pattern))
+        self.tokenizer = self._load()
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._bytes = TokenBytes(self.tokenizer) if isinstance(self.tokenizer.decoder, ByteLevel) else None
         self.eos_ids = find_eos_ids(model, self._path, self.tokenizer)
+
+    def _load(self) -> Tokenizer:
+        file = self._path / "tokenizer.json"
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+        if not self._missing:
+            return self._converted()
+        logger.warning("%s; prompts must be token ids, and outputs have no text", self._no_tokenizer)
+        return Tokenizer(BPE())
+
+    @property
+    def _no_tokenizer(self) -> str:
+        return f"{self._path} has no tokenizer"
 
     def _converted(self) -> Tokenizer:
         backend = getattr(self._transformers, "backend_tokenizer", None)
@@ -54,6 +73,8 @@ class Codec:
             raise ConfigError(f"no tokenizer can be loaded from {self._path}: {error}") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self._missing:
+            raise RequestError(f"{self._no_tokenizer}: send token ids, or set `tokenizer` to a model that has one")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -94,6 +115,8 @@ class Codec:
 
         if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
             raise RequestError('a chat is a non-empty list of messages like {"role": "user", "content": "..."}')
+        if self._missing:
+            raise RequestError(f"{self._no_tokenizer} and no chat template: set `tokenizer` to a model that has them")
         if template is None and not self._transformers.chat_template:
             raise ConfigError(f"{self._path} has no chat template: pass `template`, or send the prompt to generate instead")
         try:
