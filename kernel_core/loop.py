@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kernel_core.errors import EngineDeadError
 from kernel_core.plan import StepPlan, StepResult
@@ -97,7 +98,7 @@ class Outlet:
 
     def emit(self, updates: Updates, plan: StepPlan, result: StepResult, planned_at: float) -> None:
         """One step is committed."""
-        self._emit(updates)
+        self._emit(replace(updates, planned_at=planned_at) if updates.cached else updates)
         self._checked = False
         if self._observers:
             s = self._scheduler

@@ -186,7 +186,8 @@ class Outputs:
             completion = self._completions.get(name)
             if completion is not None and completion.output.index == 0:
                 output = completion.parent.output
-                output.num_cached_tokens, output.timings.queued = cached, now - output.timings.arrival
+                scheduled = now if updates.planned_at is None else updates.planned_at
+                output.num_cached_tokens, output.timings.queued = cached, scheduled - output.timings.arrival
 
     def _finish(self, completion: Completion, now: float, error: str | None) -> None:
         del self._completions[completion.request_id]

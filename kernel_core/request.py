@@ -151,6 +151,7 @@ class Updates:
     errors: Mapping[str, str] = field(default_factory=dict)
     drafted: np.ndarray | None = None  # [len(requests)] drafts that this step verified; None: none at all
     accepted: np.ndarray | None = None  # [len(requests)] of those, accepted
+    planned_at: float | None = None  # time.monotonic() when the step was planned; given where `cached` says something
 
 
 # ---- what users get ----------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestTimings:
-    """Seconds on the monotonic clock, relative to arrival; None until it happened."""
+    """Seconds on the monotonic clock, relative to arrival; None until it happened. `queued`: until it was first scheduled."""
 
     arrival: float = 0.0  # absolute, time.monotonic()
     first_token: float | None = None

@@ -55,7 +55,7 @@ def test_a_single_prompt_prints_its_text_alone(kernel):
 def test_prompts_come_from_a_file_or_standard_input_one_a_line(kernel, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
-    for given, stdin in ((["--file", str(file)], ""), (["--file", "-"], "one\ntwo"), ([], "one\ntwo\n")):
+    for given, stdin in ((["--file", str(file)], ""), (["--file", "-"], "one\ntwo"), (["-"], "one\ntwo"), ([], "one\ntwo\n")):
         _, out, _ = kernel("generate", *given, "--json", "--max-tokens", "2", stdin=stdin)
         assert [line["prompt"] for line in objects(out)] == ["one", "two"]
     _, out, _ = kernel("generate", "--whole", "--json", "--max-tokens", "2", stdin="one\ntwo\n")

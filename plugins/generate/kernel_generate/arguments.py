@@ -19,7 +19,9 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none: from --file or standard input, one a line")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="prompts; none, or -: from --file or standard input, one a line"
+    )
     parser.add_argument("--file", metavar="FILE", help="read prompts from a file, one a line; - is standard input")
     parser.add_argument("--whole", action="store_true", help="the whole file or standard input is one prompt")
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user message in a chat")

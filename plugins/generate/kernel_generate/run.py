@@ -41,9 +41,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise RequestError("give prompts or --file, not both")
     if (arguments.system or arguments.chat_template) and not arguments.chat:
         raise RequestError("--system and --chat-template need --chat")
-    if arguments.prompts:
+    if arguments.prompts not in ([], ["-"]):
         return arguments.prompts
-    if not arguments.file and sys.stdin.isatty():
+    if not (arguments.file or arguments.prompts) and sys.stdin.isatty():
         raise RequestError('no prompt: kernel generate "Hello", or --file FILE, or text on standard input (see --help)')
     text = sys.stdin.read() if arguments.file in (None, "-") else _read(arguments.file)
     prompts = [text] if arguments.whole else [line for line in text.splitlines() if line.strip()]
