@@ -22,7 +22,8 @@ from kernel_core.wire import encode
 #: what users may give as a prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" and plugins' keys
 Prompt = str | Sequence[int] | Mapping[str, Any]
 #: settings of generation_config.json that are honoured elsewhere or say nothing about sampling, and values that change nothing
-NO_SAMPLING = {"do_sample", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
+NO_SAMPLING = {"do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "transformers_version"}
+RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop"}
 NEUTRAL = (None, False, True, 1, [], {})
 _MASK = 2**64 - 1
 logger = logging.getLogger("kernel_core")
@@ -228,13 +229,12 @@ def _validated(model: type[BaseModel] | None, given: Mapping[str, Any]) -> dict[
 def sampling_defaults(generation: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """What generation_config.json says about sampling; `known` are the names of the fields that this engine has. A warning
     names the settings that are none of them."""
-    defaults = {name: generation[name] for name in known if generation.get(name) is not None}
+    named = {RENAMED.get(name, name): value for name, value in generation.items()}
+    defaults = {name: named[name] for name in known if named.get(name) is not None}
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
-    if generation.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = generation["max_new_tokens"]
     stated = {name for name, value in generation.items() if value not in NEUTRAL and not name.startswith("_")}
-    unread = stated - NO_SAMPLING - set(known)
+    unread = {name for name in stated - NO_SAMPLING if RENAMED.get(name, name) not in known}
     if unread:
         logger.warning("generation_config.json: no enabled plugin reads %s; ignored", ", ".join(sorted(unread)))
     return defaults

@@ -142,6 +142,8 @@ def test_what_generation_config_says_in_vain_is_named(caplog):
         "eos_token_id": 3,
     }
     assert sampling_defaults(said, ["temperature"]) == {"temperature": 0.5}
+    renamed = {"max_new_tokens": 9, "min_new_tokens": 2, "stop_strings": ["."]}
+    assert sampling_defaults(renamed, ["max_tokens", "min_tokens", "stop"]) == {"max_tokens": 9, "min_tokens": 2, "stop": ["."]}
     assert [record.getMessage() for record in caplog.records] == [
         "generation_config.json: no enabled plugin reads num_beams, typical_p; ignored"
     ]
