@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from kernel_core.config import KernelConfig
 from kernel_core.engine import Engine, find_verb
 from kernel_core.errors import EngineDeadError, KernelError
@@ -78,6 +80,11 @@ class AsyncEngine:
     @property
     def max_model_len(self) -> int:
         return self._engine.max_model_len
+
+    @property
+    def request_fields(self) -> Mapping[str, type[BaseModel]]:
+        """The request fields that plugins registered: plugin → pydantic model."""
+        return self._engine.intake.fields
 
     @property
     def summary(self) -> str:

@@ -74,6 +74,11 @@ class Intake:
         """Sampling parameters with the model's defaults for what is not given."""
         return SamplingParams.of(**{**self.defaults, **given})
 
+    @property
+    def fields(self) -> dict[str, type[BaseModel]]:
+        """The request fields that plugins registered, by plugin."""
+        return {fields.plugin: fields.model for fields in self._fields if fields.model is not None}
+
     def accept(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> Accepted:
         arrival = time.monotonic()
         params = self.params() if params is None else params

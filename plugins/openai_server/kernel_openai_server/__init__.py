@@ -12,7 +12,7 @@ manifest = Manifest(
     name="openai_server",
     summary="HTTP with the OpenAI API: completions, chat, responses; `kernel serve`",
     provides=("openai/1",),
-    uses=("tools/1",),
+    uses=("tools/1", "grammar/1"),
     section=ServerSection,
 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
+
+from pydantic import BaseModel
 
 from kernel_core.api import RequestOutput, SamplingParams, TextCodec
 
@@ -30,6 +32,11 @@ class EngineClient(Protocol):
     @property
     def summary(self) -> str:
         """Model, device and sizes in one line."""
+        ...
+
+    @property
+    def request_fields(self) -> Mapping[str, type[BaseModel]]:
+        """The request fields that plugins registered: plugin → pydantic model."""
         ...
 
     def params(self, **fields: Any) -> SamplingParams:

@@ -26,14 +26,16 @@ class ServerSection(Section):
     api_keys: tuple[str, ...] = Field((), repr=False)  # any of these opens the API; also KERNEL_API_KEY. Empty: open to all
     cors_origins: tuple[str, ...] = ()  # origins that browsers may call from; "*": all. Empty: no CORS at all
     max_body_bytes: int = Field(8 << 20, ge=1024)
-    request_seconds: float | None = Field(None, gt=0)  # a request that takes longer is ended with 504
-    max_queue: int | None = Field(None, ge=1)  # unfinished requests beyond which new ones get 429
+    body_seconds: float = Field(60.0, gt=0)  # a body that takes longer to arrive is refused with 408
+    request_seconds: float | None = Field(3600.0, gt=0)  # a request that takes longer is ended with 504
+    max_queue: int | None = Field(4096, ge=1)  # unfinished requests beyond which new ones get 429
     max_choices: int = Field(128, ge=1)  # n times the number of prompts of one request
     max_logprobs: int = Field(20, ge=-1)  # the most alternatives a request may ask for; -1: the whole vocabulary
     chat_template: str | None = None  # a file with a Jinja template, instead of the model's
     allow_chat_template: bool = False  # let requests bring a chat template of their own (it runs in a sandbox)
     reasoning_spelling: tuple[str, ...] = ("reasoning",)  # field names for reasoning: also "reasoning_content"
     reports_usage: bool = False  # every stream ends with usage, as if stream_options.include_usage were given
+    log_requests: bool = False  # a line for each request to the standard error
     documents: bool = True  # /docs and /openapi.json
 
 

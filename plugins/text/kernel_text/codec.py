@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from kernel_text.stream import Stream
 logger = logging.getLogger("kernel_text")
 #: one of these makes a folder one with a tokenizer
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*.json")
+
+
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # how tokenizers that fall back to bytes write one
 
 
 class Codec:
@@ -82,6 +86,12 @@ class Codec:
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._bytes is not None:
+            return self._bytes.join((token_id,), False)
+        found = BYTE.fullmatch(self.tokenizer.id_to_token(token_id) or "")
+        return bytes([int(found[1], 16)]) if found else self.token(token_id).encode()
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Stream:
         skip = params.skip_special_tokens

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
+from pydantic import BaseModel
+
 from kernel_core import api
 from kernel_core.api import (
     Accepted,
@@ -127,6 +129,10 @@ class RemoteEngine:
     @property
     def summary(self) -> str:
         return self.facts.summary
+
+    @property
+    def request_fields(self) -> Mapping[str, type[BaseModel]]:
+        return {fields.plugin: fields.model for fields in self._face.fields if fields.model is not None}
 
     @property
     def unfinished(self) -> int:

@@ -1,1 +1,1 @@
-"""Bodies of requests and responses."""
+"""What goes over the wire: bodies of requests (pydantic, validated once) and objects of answers (msgspec, encoded per chunk)."""
