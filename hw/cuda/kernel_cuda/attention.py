@@ -1,0 +1,83 @@
+"""Paged attention as the kernel's attention contract wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernel_core.nn.api import AttentionBatch, AttentionSpec
+from kernel_cuda.kernels import attention
+from kernel_cuda.kernels.attention import Cache, Rules, Work
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SCALE_BYTES = 8  # per token and head of an FP8 cache
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step: the batch, and its work for each number of query heads per KV head."""
+
+    batch: AttentionBatch
+    work: Mapping[int, Work]
+
+
+class CudaAttention:
+    """Split-KV decoding and flash prefill over the paged cache. Every method of rate step or graph can be captured into a
+    CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
+
+    `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head, whatever the model's dtype."""
+
+    priority = 100
+
+    def __init__(self, device: torch.device, fp8: bool = False) -> None:
+        self.device, self.fp8 = device, fp8
+        self.name = "cuda:paged-fp8" if fp8 else "cuda:paged"
+
+    def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
+        return (
+            spec.kind in ("full", "window")
+            and spec.algorithm == "softmax"
+            and dtype in DTYPES
+            and all(dim % 8 == 0 and dim <= 256 for dim in (spec.head_dim, spec.v_head_dim))
+        )
+
+    def bytes_per_block(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> int:
+        dims = spec.head_dim + spec.v_head_dim
+        return block_size * spec.num_kv_heads * (dims + SCALE_BYTES if self.fp8 else dims * dtype.itemsize)
+
+    def allocate(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, num_blocks: int) -> Cache:
+        kept = torch.uint8 if self.fp8 else dtype
+        shape = (num_blocks, spec.num_kv_heads, block_size)
+        k, v = (torch.zeros(*shape, d, dtype=kept, device=self.device) for d in (spec.head_dim, spec.v_head_dim))
+        return Cache(k, v, torch.zeros(*shape, 2, device=self.device) if self.fp8 else None)
+
+    def plan(self, batch: AttentionBatch, specs: Sequence[AttentionSpec]) -> Plan:
+        work: dict[int, Work] = {}
+        for spec in specs:
+            group = spec.num_heads // spec.num_kv_heads
+            if group not in work:
+                row_bytes = max(4 * (s.v_head_dim + 1) * s.num_heads for s in specs)
+                work[group] = attention.plan(
+                    batch.q_start, batch.kv_len, batch.max_q, batch.max_kv, batch.slot_mapping.shape[0], group, spec.window,
+                    row_bytes,
+                )  # fmt: skip
+        return Plan(batch, work)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None
+    ) -> Tensor:
+        batch = plan.batch
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        attention.write(kv, k, v, batch.slot_mapping)
+        rules = Rules(spec.scale, spec.window, spec.soft_cap, spec.causal, spec.first_slot)
+        work = plan.work[spec.num_heads // spec.num_kv_heads]
+        return attention.attend(q, kv, work, batch.block_table, rules, sinks, batch.tree, batch.positions)
+
+    def blocks(self, kv: Cache, spec: AttentionSpec, block_size: int) -> Sequence[Tensor]:
+        return [part for part in (kv.k, kv.v, kv.scales) if part is not None]
+
+    def copy_kv(self, kv: Cache, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
+        attention.copy_tokens(kv, src, dst)

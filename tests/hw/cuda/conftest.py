@@ -1,0 +1,15 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before they are imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where this session's kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,199 @@
+"""Paged attention against the formula, row by row in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from kernel_cuda.kernels import attention
+from kernel_cuda.kernels.attention import Cache, Rules
+
+GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+BLOCK = 16
+
+
+def formula(q, k, v, own, position, rules, sinks, tree):
+    """One row: q [n, Hq, D], its KV k [m, H, D], v [m, H, Dv]; own [n] slots and position [n]; tree [n, n] or None."""
+    n, m, group = len(q), len(k), q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    s = torch.einsum("nhd,mhd->hnm", q, k) * rules.scale
+    if rules.soft_cap:
+        s = torch.tanh(s / rules.soft_cap) * rules.soft_cap
+    at = torch.arange(m)
+    near = torch.ones(n, m, dtype=torch.bool)
+    if rules.window:
+        near = at > position[:, None] - rules.window
+        if not rules.causal:
+            near &= at < position[:, None] + rules.window
+    see = at <= own[:, None] if rules.causal else torch.ones(n, m, dtype=torch.bool)
+    if tree is not None:
+        near[:, m - n :] = True
+        if rules.causal:
+            see[:, m - n :] = tree
+    see = see & near & (at >= rules.first_slot)
+    s = s.masked_fill(~see, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[:, None, None].expand(-1, n, 1)], -1)
+    w = s.softmax(-1)[..., :m].nan_to_num(0.0)
+    v = torch.where(see.any(0)[:, None, None], v, 0.0)
+    return torch.einsum("hnm,mhd->nhd", w, v)
+
+
+def quantised(x):
+    """What an e4m3 cache makes of x [.., D], one scale for the last dimension."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def run(device, lengths, counts, dtype=torch.float32, heads=4, kv_heads=2, dim=16, v_dim=None, rules=None, sinks=False,
+        tree=False, fp8=False, max_q=None, spread=False):  # fmt: skip
+    """Write a cache, attend, compare; the cache's unused slots hold NaN. Returns the outputs."""
+    torch.manual_seed(0)
+    v_dim, rules = v_dim or dim, rules or Rules(dim**-0.5)
+    rows, width = len(lengths), max(-(-n // BLOCK) for n in lengths)
+    blocks = rows * width + 3
+    order = torch.randperm(blocks - 1)[: rows * width] + 1
+    table = torch.full((rows, width + 2), 1 << 30, dtype=torch.int32)  # beyond a row's length: must not be read
+    for r, n in enumerate(lengths):
+        table[r, : -(-n // BLOCK)] = order[r * width : r * width + -(-n // BLOCK)]
+    shape = (blocks, kv_heads, BLOCK)
+    if fp8:
+        cache = Cache(
+            torch.full((*shape, dim), 0x7F, dtype=torch.uint8, device=device),
+            torch.full((*shape, v_dim), 0x7F, dtype=torch.uint8, device=device),
+            torch.full((*shape, 2), torch.nan, device=device),
+        )
+    else:
+        cache = Cache(*(torch.full((*shape, d), torch.nan, dtype=dtype, device=device) for d in (dim, v_dim)))
+    k = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
+    v = [torch.randn(n, kv_heads, v_dim).to(dtype) for n in lengths]
+    slots = [table[r, torch.arange(n) // BLOCK].long() * BLOCK + torch.arange(n) % BLOCK for r, n in enumerate(lengths)]
+    hole = rules.first_slot
+    for r in range(rows):
+        slots[r][: min(hole, lengths[r])] = -1
+    attention.write(cache, torch.cat(k).to(device), torch.cat(v).to(device), torch.cat(slots).to(device))
+    tokens = sum(counts)
+    q = torch.randn(tokens, heads, dim).to(dtype)
+    q_start = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    kv_len = torch.tensor(lengths, dtype=torch.int32)
+    sink = torch.randn(heads) if sinks else None
+    links, positions = None, None
+    if tree:
+        links = torch.zeros(tokens, max(counts), dtype=torch.bool)
+        positions = torch.cat([torch.arange(n - c, n) for n, c in zip(lengths, counts)])
+        for r, c in enumerate(counts):
+            mine = torch.rand(c, c).tril(-1) > 0.5
+            links[q_start[r] : q_start[r + 1], :c] = mine | torch.eye(c, dtype=torch.bool)
+            positions[q_start[r] : q_start[r + 1]] -= torch.arange(c) // 2
+    to = lambda x: None if x is None else x.to(device)  # noqa: E731
+    max_q, max_kv = max_q or max(counts), max(lengths) + (5000 if spread else 0)
+    work = attention.plan(
+        to(q_start), to(kv_len), max_q, max_kv, tokens, heads // kv_heads, rules.window, 4 * heads * (v_dim + 1)
+    )
+    out = attention.attend(to(q), cache, work, to(table), rules, to(sink), to(links), to(positions)).cpu()
+    if fp8:
+        k, v = [quantised(x) for x in k], [quantised(x) for x in v]
+    for r, (n, c) in enumerate(zip(lengths, counts)):
+        span = slice(int(q_start[r]), int(q_start[r + 1]))
+        own = torch.arange(n - c, n)
+        position = own if positions is None else positions[span]
+        mine = None if links is None else links[span, :c]
+        want = formula(q[span], k[r], v[r], own, position, rules, sink, mine)
+        error = (out[span].double() - want).norm() / (want.norm() + 1e-9) if c else 0.0
+        limit = max(TOLERANCE[dtype], 1e-2 if fp8 else 0)
+        assert not error > limit, f"row {r} ({n} tokens, {c} queries): {error}"
+        assert out[span].isfinite().all()
+    return out
+
+
+def test_decode_of_long_and_short_rows(device):
+    run(device, [700, 1, 16, 17, 300], [1, 1, 1, 1, 1])
+
+
+def test_rows_without_queries_and_padded_bounds(device):
+    run(device, [40, 33, 20], [1, 0, 2], max_q=4, spread=True)
+
+
+def test_decode_in_half_precision(device):
+    run(device, [300, 40], [1, 1], dtype=torch.float16, heads=6, kv_heads=2, dim=24)
+
+
+def test_verification_rows(device):
+    run(device, [300, 40, 5], [5, 3, 5], heads=4, kv_heads=1)
+
+
+def test_prefill_and_decode_in_one_step(device):
+    run(device, [150, 90, 300, 1], [150, 40, 1, 1])
+
+
+def test_prefill_in_half_precision(device):
+    run(device, [90], [70], dtype=torch.float16, dim=32)
+
+
+@pytest.mark.parametrize("counts", [[1, 3], [60, 1]])
+def test_window(device, counts):
+    run(device, [333, 70], counts, rules=Rules(0.3, window=37))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_not_causal(device, window):
+    run(device, [100, 40], [100, 2], rules=Rules(0.3, window=window, causal=False))
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [50, 1]])
+def test_soft_cap_and_sinks(device, counts):
+    run(device, [290, 50], counts, rules=Rules(0.5, soft_cap=2.0), sinks=True)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [45, 4]])
+def test_first_slot(device, counts):
+    run(device, [45, 20], counts, rules=Rules(0.3, first_slot=1))
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_trees(device, window):
+    run(device, [280, 30], [6, 4], tree=True, rules=Rules(0.3, window=window))
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [40, 1]])
+def test_values_of_another_size(device, counts):
+    run(device, [90, 45], counts, dim=48, v_dim=24)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [40, 1]])
+def test_e4m3_cache(device, counts):
+    run(device, [280, 45], counts, fp8=True, rules=Rules(0.25, soft_cap=3.0 if counts[0] == 1 else None))
+
+
+def test_a_row_does_not_depend_on_the_others(device):
+    torch.manual_seed(0)
+    alone = run(device, [300], [1])
+    cache_free = run(device, [300, 40], [1, 1])
+    assert alone.shape[0] == 1 and cache_free.shape[0] == 2
+
+
+def test_tokens_are_copied_as_if_read_before_any_write(device):
+    cache = Cache(*(torch.randn(3, 2, BLOCK, d).to(device) for d in (16, 24)))
+    k, v = (x.transpose(1, 2).flatten(0, 1).clone() for x in (cache.k, cache.v))
+    src, dst = torch.tensor([3, 20, 0, 4]), torch.tensor([4, 3, 0, 40])
+    attention.copy_tokens(cache, src.to(device), dst.to(device))
+    for before, now in ((k, cache.k), (v, cache.v)):
+        before[dst.to(device)] = before[src.to(device)]
+        assert torch.equal(before, now.transpose(1, 2).flatten(0, 1))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+def test_head_sizes_on_a_gpu(device, dtype, dim):
+    run(device, [1000, 4100, 1], [1, 1, 1], dtype=dtype, heads=8, kv_heads=2, dim=dim)
+    run(device, [700, 300, 64], [700, 40, 1], dtype=dtype, heads=8, kv_heads=2, dim=dim)
+
+
+@gpu
+@pytest.mark.parametrize("group", [1, 7, 16])
+def test_groups_on_a_gpu(device, group):
+    run(device, [1000, 20], [1, 1], dtype=torch.bfloat16, heads=2 * group, kv_heads=2, dim=128)
+    run(device, [500, 20], [300, 1], dtype=torch.bfloat16, heads=2 * group, kv_heads=2, dim=128)
+    run(device, [500, 20], [300, 1], dtype=torch.bfloat16, heads=2 * group, kv_heads=2, dim=128, fp8=True)
