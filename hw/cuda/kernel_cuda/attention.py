@@ -28,12 +28,12 @@ class CudaAttention:
     """Split-KV decoding and flash prefill over the paged cache. Every method of rate step or graph can be captured into a
     CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
 
-    `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head, whatever the model's dtype."""
+    `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head, whatever the model's dtype."""
 
     priority = 100
 
-    def __init__(self, device: torch.device, fp8: bool = False) -> None:
-        self.device, self.fp8 = device, fp8
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, fp8: bool = False) -> None:
+        self.device, self.wide, self.fp8 = device, dtype == torch.float32, fp8
         self.name = "cuda:paged-fp8" if fp8 else "cuda:paged"
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
@@ -62,7 +62,7 @@ class CudaAttention:
                 row_bytes = max(4 * (s.v_head_dim + 1) * s.num_heads for s in specs)
                 work[group] = attention.plan(
                     batch.q_start, batch.kv_len, batch.max_q, batch.max_kv, batch.slot_mapping.shape[0], group, spec.window,
-                    row_bytes,
+                    row_bytes, self.wide,
                 )  # fmt: skip
         return Plan(batch, work)
 

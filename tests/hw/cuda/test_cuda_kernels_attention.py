@@ -89,7 +89,15 @@ def run(device, lengths, counts, dtype=torch.float32, heads=4, kv_heads=2, dim=1
     to = lambda x: None if x is None else x.to(device)  # noqa: E731
     max_q, max_kv = max_q or max(counts), max(lengths) + (5000 if spread else 0)
     work = attention.plan(
-        to(q_start), to(kv_len), max_q, max_kv, tokens, heads // kv_heads, rules.window, 4 * heads * (v_dim + 1)
+        to(q_start),
+        to(kv_len),
+        max_q,
+        max_kv,
+        tokens,
+        heads // kv_heads,
+        rules.window,
+        4 * heads * (v_dim + 1),
+        dtype == torch.float32,
     )
     out = attention.attend(to(q), cache, work, to(table), rules, to(sink), to(links), to(positions)).cpu()
     if fp8:

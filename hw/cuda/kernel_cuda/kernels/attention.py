@@ -111,7 +111,7 @@ def _sizes(q_start, kv_len, rows, mask, window, most, SHORT_Q: tl.constexpr, TIL
     return chunks, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "window", "most", "chunk_room", "tile_room"])
 def _plan(
     q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, num_rows, window, most, chunk_room, tile_room,
     SHORT_Q: tl.constexpr, TILE_Q: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
@@ -124,11 +124,11 @@ def _plan(
     tl.store(chunk_start + row, tl.minimum(at_chunk, chunk_room))
     tl.store(tile_start + row, tl.minimum(at_tile, tile_room))
     if row < num_rows:
-        chunks, tiles = _sizes(q_start, kv_len, row, row < num_rows, window, most, SHORT_Q, TILE_Q)
+        mine, my_tiles = _sizes(q_start, kv_len, row, row < num_rows, window, most, SHORT_Q, TILE_Q)
         index = tl.arange(0, CP)
-        tl.store(chunk_row + at_chunk + index, row, mask=(index < chunks) & (at_chunk + index < chunk_room))
-        for at in range(0, tiles, CP):
-            tl.store(tile_row + at_tile + at + index, row, mask=(at + index < tiles) & (at_tile + at + index < tile_room))
+        tl.store(chunk_row + at_chunk + index, row, mask=(index < mine) & (at_chunk + index < chunk_room))
+        for at in range(0, my_tiles, CP):
+            tl.store(tile_row + at_tile + at + index, row, mask=(at + index < my_tiles) & (at_tile + at + index < tile_room))
 
 
 @triton.jit
@@ -146,11 +146,10 @@ def _scores(q, k, scale, cap, IEEE: tl.constexpr, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _load_kv(k_cache, v_cache, scales, table, n, seen, head, d, dv, block_size,
+def _load_kv(k_cache, v_cache, scales, block, n, seen, head, d, dv, block_size,
              H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """k [D, N] and v [N, DV] of the tokens n, zero where not `seen`; and their scales [N]."""
-    block = tl.load(table + n // block_size, mask=seen, other=0).to(tl.int64)
-    row = (block * H + head) * block_size + n % block_size
+    """k [D, N] and v [N, DV] of the tokens n in `block`, zero where not `seen`; and their scales [N]."""
+    row = (block.to(tl.int64) * H + head) * block_size + n % block_size
     k = tl.load(k_cache + row[None, :] * D + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0)
     v = tl.load(v_cache + row[:, None] * DV + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0)
     k_scale, v_scale = 1.0, 1.0
@@ -171,11 +170,16 @@ def _attend(
 ):  # fmt: skip
     """Adds the tokens [begin, end) to the running sums of queries [M] at `slot`, `position`, step token `token`."""
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    n = begin + tl.arange(0, BN)
+    next_block = tl.load(table + n // block_size, mask=(n >= seen_from) & (n < length) & (n < end), other=0)
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)
         held = (n >= seen_from) & (n < length)
+        block = next_block
+        ahead = n + BN  # the table is read one turn early, so that the loads of K and V wait for nothing
+        next_block = tl.load(table + ahead // block_size, mask=(ahead < length) & (ahead < end), other=0)
         k, v, k_scale, v_scale = _load_kv(
-            k_cache, v_cache, scales, table, n, held, head, d, dv, block_size, H, D, DV, FP8, q.dtype
+            k_cache, v_cache, scales, block, n, held, head, d, dv, block_size, H, D, DV, FP8, q.dtype
         )
         if FP8:
             s = _scores(q, k, 1.0, 1.0, IEEE, False) * k_scale[None, :]
@@ -238,7 +242,7 @@ def _queries(q_ptr, positions, q_begin, j, count, context, g, head, q_stride, q_
     return q, slot, position, token, ok
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "most", "table_stride", "first_slot", "tree_width", "window"])
 def _short(
     q_ptr, k_cache, v_cache, scales, table_ptr, q_start, kv_len, chunk_start, chunk_row, tree, positions, part, part_lse,
     num_rows, most, table_stride, q_stride, q_head, scale, cap, window, first_slot, tree_width, block_size,
@@ -318,7 +322,7 @@ def _combine(
         tl.store(to, y.to(out.dtype.element_ty), mask=dv < DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "table_stride", "first_slot", "tree_width", "window"])
 def _long(
     q_ptr, k_cache, v_cache, scales, table_ptr, q_start, kv_len, tile_start, tile_row, tree, positions, sinks, out,
     num_rows, table_stride, q_stride, q_head, out_stride, out_head, scale, cap, window, first_slot, tree_width, block_size,
@@ -435,17 +439,17 @@ def _room(rows: int, max_kv: int, most: int) -> int:
     return rows * min(most + 1, triton.cdiv(max_kv, CHUNK) + 1)
 
 
-def tile_rows(group: int) -> int:
+def tile_rows(group: int, wide: bool) -> int:
     """Rows of the product of a tile."""
-    return max(128, triton.next_power_of_2(group))
+    return max(32 if wide else 128, triton.next_power_of_2(group))
 
 
 def plan(
     q_start: torch.Tensor, kv_len: torch.Tensor, max_q: int, max_kv: int, tokens: int, group: int, window: int | None,
-    row_bytes: int,
+    row_bytes: int, wide: bool = False,
 ) -> Work:  # fmt: skip
     """List the work of a step: q_start int32 [R + 1], kv_len int32 [R]. `row_bytes`: of the partial results of one query of
-    all heads. Capturable; one launch."""
+    all heads, `wide`: float32 queries. Capturable; one launch."""
     rows = kv_len.shape[0]
     all_short = max_q * group <= SHORT or max_q == 1
     short_q = max(1, max_q) if all_short else 1
@@ -453,7 +457,7 @@ def plan(
     while most > 8 and _room(rows, max_kv, most) * short_q * row_bytes > PART_BYTES:
         most //= 2
     chunk_room = _room(rows, max_kv, most)
-    tile_q = max(1, tile_rows(group) // group)
+    tile_q = max(1, tile_rows(group, wide) // group)
     tile_room = 0 if all_short else tokens // tile_q + rows
     made = torch.empty(2 * (rows + 1) + chunk_room + tile_room, dtype=torch.int32, device=kv_len.device)
     chunk_start, tile_start, chunk_row, tile_row = made.split([rows + 1, rows + 1, chunk_room, tile_room])
@@ -560,10 +564,10 @@ def long_shape(dims: dict[str, int], group: int, wide: bool) -> dict[str, int]:
     """Block sizes of `_long`."""
     size = max(dims["DP"], dims["DVP"])
     tokens = 64 if size <= 128 else 32
-    rows = tile_rows(group)
+    rows = tile_rows(group, wide)
     return {
         "BM": rows, "BN": tokens // 2 if wide else tokens,
-        "num_warps": 8, "num_stages": 2 if wide or size > 128 else 3,
+        "num_warps": 4 if wide else 8, "num_stages": 2 if wide or size > 128 else 3,
     }  # fmt: skip
 
 

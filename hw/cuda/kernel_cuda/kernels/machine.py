@@ -9,9 +9,9 @@ import torch
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 for tensors on the host, where kernels run in Triton's interpreter."""
+    """Multiprocessors of a GPU; for other tensors (the interpreter's, or none at all) those of an H100."""
     if device.type != "cuda":
-        return 4
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

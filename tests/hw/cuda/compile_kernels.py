@@ -1,0 +1,188 @@
+"""Compiles the kernels as real launches ask for them, without a GPU, and prints what each one uses.
+
+    python compile_kernels.py 90 [name part]
+
+Launch functions run on meta tensors; a launch is recorded instead of done, then compiled for that architecture. Output: a line
+of JSON a kernel with its registers, spilled bytes and shared memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+LAUNCHES: dict[str, tuple] = {}
+LABEL = [""]
+
+
+def record(kernel, *args, grid, warmup, **kwargs):
+    names = [p.name for p in kernel.params]
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    given = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
+    LAUNCHES.setdefault(f"{kernel.fn.__name__.lstrip('_')} {LABEL[0]}".strip(), (kernel, given, options))
+
+
+def source(kernel, given):
+    signature, constants, attributes = {}, {}, {}
+    for index, param in enumerate(kernel.params):
+        value = given[param.name]
+        if param.is_constexpr or (type(value) is int and value == 1 and not param.do_not_specialize):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def usage(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None, tree=False):
+    from kernel_cuda.kernels import attention as kernels
+
+    kept = torch.uint8 if fp8 else dtype
+    parts = (meta(1000, kv_heads, 16, dim, dtype=kept) for _ in range(2))
+    cache = kernels.Cache(*parts, meta(1000, kv_heads, 16, 2, dtype=torch.float32) if fp8 else None)
+    tokens = 8 * queries
+    q = meta(tokens, heads, dim, dtype=dtype)
+    kernels.write(cache, q[:, :kv_heads], q[:, :kv_heads], meta(tokens, dtype=torch.int64))
+    ints = [meta(n, dtype=torch.int32) for n in (9, 8)]
+    row_bytes = 4 * heads * (dim + 1)
+    work = kernels.plan(*ints, queries, 8192, tokens, heads // kv_heads, window, row_bytes, dtype == torch.float32)
+    links = meta(tokens, queries, dtype=torch.bool) if tree else None
+    rules = kernels.Rules(dim**-0.5, window)
+    kernels.attend(q, cache, work, meta(8, 512, dtype=torch.int32), rules, tree=links)
+    kernels.copy_tokens(cache, *(meta(8, dtype=torch.int64) for _ in range(2)))
+
+
+def pointwise():
+    from kernel_cuda.kernels import pointwise as kernels
+
+    x, w = meta(64, 4096), meta(4096)
+    kernels.rms_norm(x, w, 1e-5, x)
+    kernels.layer_norm(x, w, w, 1e-5, x)
+    kernels.act_mul(meta(64, 28672), kernels.SILU)
+    kernels.embedding(meta(64, dtype=torch.int64), meta(1000, 4096))
+    kernels.mask_bits(meta(64, 128256, dtype=torch.float32), meta(8, dtype=torch.int64), meta(8, 4008, dtype=torch.int32))
+    qkv, tables = meta(64, 48, 128), meta(8192, 64, dtype=torch.float32)
+    kernels.rotary(qkv[:, :32], qkv[:, 32:40], tables, tables, meta(64, dtype=torch.int64))
+
+
+def linear(rows):
+    from kernel_cuda.kernels import linear as kernels
+
+    x = meta(rows, 4096)
+    kernels.few_rows(x, meta(6144, 4096))
+
+
+def gated(rows):
+    from kernel_cuda.kernels import linear as kernels
+
+    kernels.few_rows(meta(rows, 4096), meta(28672, 4096), gate=0)
+
+
+def quantised(rows):
+    from kernel_cuda.kernels import linear as kernels
+
+    x, scale = meta(rows, 4096), meta(6144, dtype=torch.float32)
+    kernels.few_rows(x, meta(6144, 4096, dtype=torch.uint8), None, scale)
+    kernels.few_rows_int4(x, meta(6144, 2048, dtype=torch.uint8), meta(6144, 32, dtype=torch.float32))
+
+
+def int8(rows):
+    from kernel_cuda.kernels import linear as kernels
+
+    kernels.few_rows(meta(rows, 4096), meta(6144, 4096, dtype=torch.int8), None, meta(6144, dtype=torch.float32))
+
+
+def moe(tokens):
+    from kernel_cuda.kernels import moe as kernels
+
+    weights, experts = kernels.route(meta(tokens, 8), 2, True)
+    kernels.experts_mlp(meta(tokens, 4096), meta(8, 28672, 4096), meta(8, 4096, 14336), weights, experts, 0)
+
+
+def sampling():
+    from kernel_cuda.kernels import sampling as kernels
+
+    logits, numbers = meta(64, 128256), [meta(64, dtype=d) for d in (torch.float32, torch.float32, torch.int32, torch.float32)]
+    key, at = meta(64, 2, dtype=torch.int32), meta(64, dtype=torch.int64)
+    kernels.argmax(logits)
+    kernels.draw(logits, key, at)
+    kernels.sample(logits, at, at, *numbers, key)
+
+
+HALF, WIDE = torch.bfloat16, torch.float32
+CASES = {
+    "decode 64": lambda: attention(64, HALF, 1),
+    "decode 128": lambda: attention(128, HALF, 1),
+    "decode 256": lambda: attention(256, HALF, 1),
+    "decode e4m3": lambda: attention(128, HALF, 1, fp8=True),
+    "decode float32": lambda: attention(128, WIDE, 1),
+    "verify window tree": lambda: attention(128, HALF, 5, window=4096, tree=True),
+    "prefill 64": lambda: attention(64, HALF, 512),
+    "prefill 128": lambda: attention(128, HALF, 512),
+    "prefill 256": lambda: attention(256, HALF, 512, window=1024),
+    "prefill float32": lambda: attention(128, WIDE, 512),
+    "pointwise": pointwise,
+    "plain 1": lambda: linear(1),
+    "plain 64": lambda: linear(64),
+    "gated 1": lambda: gated(1),
+    "e4m3 1": lambda: quantised(1),
+    "int8 1": lambda: int8(1),
+    "moe 8": lambda: moe(8),
+    "moe 512": lambda: moe(512),
+    "sampling": sampling,
+}
+
+
+def main(architecture, part=""):
+    for label, case in CASES.items():
+        LABEL[0] = label
+        case()
+    for name, (kernel, given, options) in LAUNCHES.items():
+        if part not in name or (name.split()[0] in COMMON and not name.endswith(COMMON[name.split()[0]])):
+            continue
+        compiled = triton.compile(source(kernel, given), target=GPUTarget("cuda", int(architecture), 32), options=options)
+        print(json.dumps({"kernel": name, **usage(compiled)}), flush=True)
+
+
+COMMON = {  # kernels that do not change much from case to case: compiled once
+    "plan": "prefill 128", "combine": "decode 128", "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
+    "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
+    "short": ("decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "verify window tree"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    JITFunction.run = record
+    main(*sys.argv[1:])

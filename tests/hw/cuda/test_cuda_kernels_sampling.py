@@ -1,0 +1,128 @@
+"""Draws and filters: the tokens of the kernel's own sampler, whose arithmetic is written out here."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from kernel_cuda.kernels import sampling
+
+GPU = torch.cuda.is_available()
+MASK = (1 << 32) - 1
+
+
+def fmix(x):
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
+    return x ^ (x >> 16)
+
+
+def gumbel(key, position, vocab):
+    """float64 [n, V] noise; key int32 [n, 2]."""
+    low, high = (key[:, i].long() & MASK for i in (0, 1))
+    a = fmix(low ^ fmix((position + 0x9E3779B9) & MASK))
+    b = fmix(high ^ fmix((a + 0x7F4A7C15) & MASK))
+    x = (torch.arange(vocab, device=key.device) * 0x9E3779B9 + a[:, None]) & MASK
+    x = (((x ^ (x >> 16)) * 0x85EBCA6B) & MASK) ^ b[:, None]
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
+    x = x ^ (x >> 16)
+    u = ((x.double() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-u))
+
+
+def kept(logits, min_p, top_k, top_p):
+    """Which of one row's float32 logits the filters keep, by sorting."""
+    best = logits.max()
+    floor = best + min_p.log()
+    order = logits.sort(descending=True).values
+    if top_k > 0:
+        floor = torch.maximum(floor, order[min(int(top_k), len(order)) - 1])
+    inside = order >= floor
+    if top_k > 0:
+        inside &= torch.arange(len(order), device=order.device) < top_k
+    if top_p < 1:
+        weights = ((order - best).exp() * 2.0**30).int().masked_fill(~inside, 0)
+        mass = weights.cumsum(0, dtype=torch.int64)
+        first = (mass.double() >= top_p.double() * mass[-1].double()).int().argmax()
+        floor = torch.maximum(floor, order[first])
+    return logits >= floor
+
+
+def settings(device, count):
+    torch.manual_seed(0)
+    pick = lambda *values: torch.tensor(values, device=device)[torch.randint(len(values), (count,), device=device)]  # noqa: E731
+    key = torch.randint(-(2**31), 2**31, (count, 2), dtype=torch.int32, device=device)
+    return {
+        "temperature": pick(0.0, 0.7, 1.0, 1.7), "min_p": pick(0.0, 0.05, 0.3), "top_k": pick(0, 1, 5, 40).int(),
+        "top_p": pick(1.0, 0.9, 0.5, 0.05), "key": key,
+    }  # fmt: skip
+
+
+def check(device, logits, given):
+    """The kernel's tokens are the expected ones wherever those are not within rounding of another token."""
+    count, vocab = logits.shape
+    slot = torch.randperm(count, device=device)
+    position = torch.randint(0, 10000, (count,), device=device)
+    tokens, bad = sampling.sample(logits, slot, position, **given)
+    noise = gumbel(given["key"][slot], position, vocab)
+    differ = 0
+    for n in range(count):
+        temperature, min_p, top_k, top_p = (given[name][slot[n]] for name in ("temperature", "min_p", "top_k", "top_p"))
+        row = logits[n].float()
+        if not temperature > 0:
+            assert tokens[n] == row.argmax()
+            continue
+        row = row / temperature
+        keep = kept(row, min_p, top_k, top_p)
+        assert keep[tokens[n]]
+        noisy = (row.double() + noise[n]).masked_fill(~keep, -torch.inf)
+        assert noisy[tokens[n]] >= noisy.max() - 1e-5
+        differ += int(tokens[n] != noisy.argmax())
+    assert differ <= count // 50
+    assert not bad.any()
+
+
+def test_rows_with_all_settings(device):
+    check(device, torch.randn(24, 700, device=device) * 3, settings(device, 24))
+
+
+def test_equal_logits(device):
+    """Rows of few distinct values: ties at every threshold."""
+    torch.manual_seed(1)
+    check(device, torch.randint(-3, 3, (16, 300), device=device).float(), settings(device, 16))
+
+
+def test_forbidden_tokens_and_half_precision(device):
+    torch.manual_seed(2)
+    logits = (torch.randn(12, 500, device=device) * 4).masked_fill(torch.rand(12, 500, device=device) > 0.1, -torch.inf)
+    check(device, logits.half(), settings(device, 12))
+
+
+def test_rows_that_cannot_be_sampled(device):
+    logits = torch.randn(3, 90, device=device)
+    logits[0, 7] = torch.nan
+    logits[1] = -torch.inf
+    given = settings(device, 3)
+    slot = torch.arange(3, device=device)
+    assert sampling.sample(logits, slot, slot, **given)[1].tolist() == [True, True, False]
+
+
+def test_argmax_takes_the_first_and_nan_is_largest(device):
+    logits = torch.tensor([[1.0, 5, 5, 2], [-torch.inf] * 4, [3, torch.nan, 9, torch.nan], [-0.0, 0.0, -1, -2]], device=device)
+    assert sampling.argmax(logits).tolist() == [1, 0, 1, 0]
+
+
+def test_draw(device):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 900, device=device)
+    key = torch.randint(-(2**31), 2**31, (6, 2), dtype=torch.int32, device=device)
+    position = torch.arange(6, device=device)
+    noisy = logits.double() + gumbel(key, position, 900)
+    drawn = sampling.draw(logits, key, position)
+    assert torch.equal(drawn, noisy.argmax(-1))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_large_vocabularies_on_a_gpu(device):
+    torch.manual_seed(3)
+    check(device, (torch.randn(64, 151936, device=device) * 2.5).bfloat16(), settings(device, 64))
+    check(device, torch.randn(64, 128256, device=device) * 2.5, settings(device, 64))
