@@ -16,6 +16,7 @@ from kernel_core.plan import (
     NO_PREFIX_READ,
     NO_PREFIX_WRITE,
     NO_TOKEN,
+    PROMPT_LOGPROBS,
     Ack,
     Allocation,
     Capabilities,

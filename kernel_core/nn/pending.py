@@ -44,7 +44,7 @@ class Pending:
         if self.settle is not None:
             self.settle(self)
         host, empty = self.wait(), np.zeros(0, np.int32)
-        if self.layout is None:
+        if self.download is None:
             nothing = np.zeros(1, np.int32)
             return StepResult(self.plan.plan_id, empty, nothing, empty, empty, empty, empty, acks=self.acks, timings=self.timings)
         tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]

@@ -6,6 +6,9 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
     step_inputs   (slots, tables, groups, tree) → like `inputs.StepInputBuilder`
     graphs        (model) → callable Forward → hidden states, e.g. one that replays captured graphs
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
+    steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
+                  `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would,
+                  and gives "tokens" [R, 1], "numbers" [5, R] and "bad" [R]
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "step_inputs": StepInputBuilder,
     "graphs": lambda model: model,
     "sampler": Sampler,
+    "steady": lambda runner: None,
 }
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
@@ -79,6 +83,7 @@ class Runner:
         self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
         self._going_on: list[tuple[Job, LongJob]] = []
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
+        self._steady = parts["steady"](self)
 
     # ---- the step
 
@@ -89,6 +94,8 @@ class Runner:
         acks = self._apply(plan)
         if not len(plan.rows):
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
+        if self._steady is not None and (download := self._steady(plan)) is not None:
+            return Pending(plan, download=download, acks=acks, timings=clock.done(), settle=self.settle)
         step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
         clock.lap("inputs")

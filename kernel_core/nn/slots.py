@@ -23,10 +23,13 @@ SAMPLING = (*FLOATS, "top_k", "logprobs", "prompt_logprobs", "num_prompt_tokens"
 class SlotTable:
     """`tokens` [S, L + 1] int32 (the last column takes what is not kept), `known`, `computed`, `num_prompt` [S] int32,
     `key` [S, 2] int32, `drafts` [S, m] int64 (-1 absent), `parents` [S, m] int32, `temperature`, `top_p`, `min_p` [S]
-    float32, `top_k` [S] int32, all on the device; `host[name]` [S] numpy copies of what a request asked for."""
+    float32, `top_k` [S] int32, all on the device; `host[name]` [S] numpy copies of what a request asked for. The last of the S
+    slots is nobody's: rows that only fill a step up to a size name it."""
 
     def __init__(self, max_slots: int, max_len: int, draft_width: int, device: torch.device) -> None:
         self.device, self.max_len, self.draft_width = device, max_len, draft_width
+        self.padding = max_slots
+        max_slots += 1
         zeros = lambda *shape, dtype=torch.int32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
         self.tokens = zeros(max_slots, max_len + 1)
         self.known, self.computed, self.num_prompt, self.top_k = (zeros(max_slots) for _ in range(4))
@@ -35,6 +38,7 @@ class SlotTable:
         self.drafts = torch.full((max_slots, draft_width), NO_TOKEN, dtype=torch.int64, device=device)
         self.chain = torch.arange(-1, draft_width - 1, dtype=torch.int32, device=device)
         self.parents = self.chain.repeat(max_slots, 1)
+        self.known[self.padding] = 1
         self.host = {name: np.zeros(max_slots, np.float32 if name in FLOATS else np.int32) for name in SAMPLING}
 
     def open(self, opened: Sequence[Opened]) -> None:
@@ -68,12 +72,12 @@ class SlotTable:
 
 
 class BlockTables:
-    """The block tables of all KV groups, `tables[g]` [S, B] int32 on the device; block 0 is the null block."""
+    """The block tables of all KV groups, `tables[g]` [S, B] int32 on the device; block 0 is the null one. S as in `SlotTable`."""
 
     def __init__(self, num_groups: int, max_slots: int, max_len: int, block_size: int, device: torch.device) -> None:
         self.block_size, self.device = block_size, device
         columns = -(-max_len // block_size) if block_size else 1
-        self.tables = [torch.zeros(max_slots, columns, dtype=torch.int32, device=device) for _ in range(num_groups)]
+        self.tables = [torch.zeros(max_slots + 1, columns, dtype=torch.int32, device=device) for _ in range(num_groups)]
 
     def open(self, slots: np.ndarray) -> None:
         """Forget what earlier owners of the slots held. Rate: step, only when requests open."""

@@ -1,14 +1,56 @@
-"""The CUDA device. This module is light: its hooks import what they need."""
+"""The CUDA device: Triton kernels, CUDA graphs, an overlapped loop. This module is light: its hooks import what they need."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from kernel_core.api import Manifest, hookimpl
+from pydantic import Field
 
-manifest = Manifest(name="cuda", summary="The CUDA device", after=("*",))
+from kernel_core.api import BuildContext, Manifest, Section, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kernel_core.nn.api import AttentionBackend, Device, OpRegistry, WorkerContext
+
+
+class CudaSection(Section):
+    """`[plugins.cuda]`. graphs: decode steps of up to `graph_rows` requests are captured into CUDA graphs, each on its first
+    use. kv_dtype "fp8": KV is kept as e4m3 numbers with a scale per token and head, in half the memory."""
+
+    graphs: bool = True
+    graph_rows: int = Field(512, ge=1)
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+
+
+manifest = Manifest(
+    name="cuda", summary="NVIDIA GPUs: Triton kernels, CUDA graphs, overlapped steps", before=("cpu",), section=CudaSection
+)
 
 
 @hookimpl
-def probe_device(section: Any) -> str | None:
-    return "the CUDA device is not complete yet"
+def probe_device(section: CudaSection) -> str | None:
+    from kernel_cuda.probe import why_not
+
+    return why_not()
+
+
+@hookimpl
+def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
+    from kernel_cuda.device import CudaDevice
+
+    return CudaDevice(context.section, rank)
+
+
+@hookimpl
+def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
+    from kernel_cuda.ops import register
+
+    register(ops)
+
+
+@hookimpl
+def make_attention(context: WorkerContext) -> Sequence[AttentionBackend]:
+    from kernel_cuda.attention import CudaAttention
+
+    return (CudaAttention(context.device, fp8=context.section.kv_dtype == "fp8"),)

@@ -1,0 +1,159 @@
+"""Whole decode steps as CUDA graphs: from the slots' state through the model and the draw back into the slots.
+
+A step is steady when every row computes one token and gains one, and nothing of its requests needs more than the model and a
+draw. Such a step depends on the device's own state and on which slots take part; a graph per number of rows replays it, and the
+host does one launch and one small copy. The slots are uploaded when they changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernel_core.api import PROMPT_LOGPROBS, StepPlan
+from kernel_core.nn.api import AttentionBatch, Forward
+from kernel_cuda.kernels import sampling, steps
+
+logger = logging.getLogger("kernel_cuda")
+
+LENGTHS = (8192, 65536)  # KV lengths that have graphs of their own, beside the longest
+SMALL = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
+STRIDE = 32  # between larger numbers of rows
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """The numbers of rows that have graphs."""
+    return [*(n for n in SMALL if n < most), *range(SMALL[-1] + STRIDE, most, STRIDE), most]
+
+
+class SteadySteps:
+    """The runner part "steady"."""
+
+    def __init__(self, runner: Any, most_rows: int, record: Callable[..., Any] | None = None) -> None:
+        self.runner, self.slots, self._record = runner, runner.slots, record
+        self.device = runner.device
+        if record is None:
+            self._record = partial(Graph, pool=torch.cuda.graph_pool_handle())  # one for all: no two of them run at once
+        self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
+        self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
+        self._graphs: dict[tuple[int, int, str], Any] = {}
+        self._usable = runner.drafter is None and not runner.step_inputs and bool(runner.kv.groups)
+
+    def __call__(self, plan: StepPlan) -> Report | None:
+        """Run the step; None: it is not such a step. Rate: step, host."""
+        if not self._usable or len(plan.rows) > self.sizes[-1] or not self._is_steady(plan):
+            return None
+        size = next(size for size in self.sizes if size >= len(plan.rows))
+        longest = int(np.max(plan.start)) + 1
+        length = next(length for length in self.lengths if length >= longest)
+        key = (size, length, self._draws(plan.rows))
+        graph = self._graphs.get(key) or self._capture(*key)
+        return graph.replay(plan.rows) if graph is not None else None
+
+    def _is_steady(self, plan: StepPlan) -> bool:
+        rows, host = np.asarray(plan.rows, np.int64), self.slots.host
+        return bool(
+            (plan.q == 1).all()
+            and (plan.room == 1).all()
+            and (plan.write_from <= plan.start).all()
+            and (host["logprobs"][rows] < 0).all()
+            and not (np.asarray(plan.flags) & PROMPT_LOGPROBS).any()
+            and not self.runner.transforms.active(rows, host=True)
+            and not self.runner.transforms.active(rows, host=False)
+        )
+
+    def _draws(self, rows: np.ndarray) -> str:
+        """How much the rows ask of sampling: "greedy", "random", or "filtered" by min_p, top_k or top_p."""
+        host = self.slots.host
+        random = host["temperature"][rows] > 0
+        if not random.any():
+            return "greedy"
+        filters = (host["min_p"][rows] > 0) | (host["top_k"][rows] > 0) | (host["top_p"][rows] < 1)
+        return "filtered" if (filters & random).any() else "random"
+
+    def _capture(self, size: int, length: int, draws: str) -> Any:
+        """None: this model cannot be captured, and no further step is tried."""
+        began = perf_counter()
+        try:
+            graph = self._record(
+                lambda rows, q_start: self._step(rows, q_start, length, draws), size, self.slots.padding, self.device
+            )
+        except RuntimeError as error:
+            self._usable = False
+            logger.warning("decode steps run without CUDA graphs: capturing one failed (%s)", error)
+            return None
+        logger.info("a graph for %d %s rows up to %d tokens: %.2f s", size, draws, length, perf_counter() - began)
+        self._graphs[size, length, draws] = graph
+        return graph
+
+    def _step(self, rows: Tensor, q_start: Tensor, length: int, draws: str) -> Tensor:
+        """The step on the device: rows int64 [R] → report int32 [7, R]. Captured."""
+        runner, slots = self.runner, self.slots
+        batches, ids, positions = [], rows, rows
+        for table, group in zip(runner.tables.tables, runner.kv.groups, strict=True):
+            most = min(length, table.shape[1] * group.block_size)
+            ids, positions, lens, kv_slots, own = steps.begin(
+                rows, slots.tokens, slots.computed, table, slots.padding, most, group.block_size
+            )
+            batches.append(AttentionBatch(q_start, lens, own, kv_slots, group.block_size, 1, most))
+        hidden = runner.model(Forward(ids, positions, runner.kv.kv, runner.kv.plans(batches, runner.layers)))
+        logits, drawn = runner.model.logits(hidden), None
+        if draws != "greedy":
+            numbers = (slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key)
+            drawn, _ = sampling.sample(logits, rows, positions + 1, *numbers, filters=draws == "filtered")
+        return steps.end(rows, logits, drawn, slots.tokens, slots.known, slots.computed, slots.padding, slots.max_len)
+
+
+class Graph:
+    """A captured step of `size` rows. Rows beyond those of a plan name the slot `padding`, which no step changes."""
+
+    def __init__(
+        self, step: Callable[[Tensor, Tensor], Tensor], size: int, padding: int, device: torch.device, pool: Any
+    ) -> None:
+        self.size, self.padding = size, padding
+        self.rows = torch.full((size,), padding, dtype=torch.int64, device=device)
+        q_start = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self._shown: np.ndarray | None = None
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            step(self.rows, q_start)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._report = step(self.rows, q_start)
+        self._q_start = q_start
+
+    def replay(self, slots: np.ndarray) -> Report:
+        """Run the step for these slots (host, at most `size`). Rate: step."""
+        if self._shown is None or not np.array_equal(self._shown, slots):
+            padded = np.full(self.size, self.padding, np.int64)
+            padded[: len(slots)] = slots
+            self.rows.copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            self._shown = np.array(slots)
+        self._graph.replay()
+        return Report(self._report, len(slots))
+
+
+class Report:
+    """A step's report on its way to the host."""
+
+    def __init__(self, report: Tensor, rows: int) -> None:
+        self._rows = rows
+        self._host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+        self._host.copy_(report, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Wait for it: "tokens" [R, 1], "numbers" [5, R], "bad" bool [R]."""
+        self._arrived.synchronize()
+        report = self._host.numpy()[:, : self._rows]
+        return {"tokens": report[0][:, None], "numbers": report[1:6], "bad": report[6] != 0}
