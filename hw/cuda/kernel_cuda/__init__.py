@@ -53,4 +53,4 @@ def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
 def make_attention(context: WorkerContext) -> Sequence[AttentionBackend]:
     from kernel_cuda.attention import CudaAttention
 
-    return (CudaAttention(context.device, fp8=context.section.kv_dtype == "fp8"),)
+    return (CudaAttention(context.device, context.dtype, fp8=context.section.kv_dtype == "fp8"),)
