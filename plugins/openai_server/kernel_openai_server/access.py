@@ -39,6 +39,7 @@ class Exchange:
     route: str = ""
     status: int = 0
     first_byte: float | None = None
+    send_body: Any = None  # for bodies after the start of a response: the layers between have no interest in them
     finished: float | None = None
     outputs: list[RequestOutput] = field(default_factory=list)
 
@@ -65,6 +66,8 @@ class Exchanges:
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
         name = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}".encode()
         exchange = scope[EXCHANGE] = Exchange(name.decode(), scope["method"], scope["path"], headers)
+
+        exchange.send_body = send
 
         async def identified(message: Any) -> None:
             if message["type"] == "http.response.start":

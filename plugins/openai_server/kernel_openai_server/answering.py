@@ -82,44 +82,42 @@ class Answering:
         return Answer(self, job, stream)
 
 
+def _nothing(outputs: list[RequestOutput], error: BaseException | None) -> None:
+    """Nobody wants to know how a job ended."""
+
+
 @dataclass
 class Job:
-    """What to generate, and how to write it. `outputs` is filled while it runs, by place."""
+    """What to generate, and how to write it. `ended` is told how it went."""
 
     prompts: Sequence[PromptInput]
     params: SamplingParams
     name: str
     writer: Writer
-    ended: Callable[[list[RequestOutput], BaseException | None], None] = lambda outputs, error: None
-    outputs: dict[int, RequestOutput] = field(default_factory=dict)
+    ended: Callable[[list[RequestOutput], BaseException | None], None] = _nothing
+    places: dict[str, int] = field(default_factory=dict)  # by the engine's id
+    outputs: dict[str, RequestOutput] = field(default_factory=dict)
+
+    def start(self, engine: EngineClient) -> AsyncIterator[RequestOutput]:
+        """Every output, which may be a live object, whenever there is more in it."""
+        names = [self.name] if len(self.prompts) == 1 else [f"{self.name}-{place}" for place in range(len(self.prompts))]
+        self.places = {name: place for place, name in enumerate(names)}
+        sources = [engine.generate(prompt.given(), self.params, name) for prompt, name in zip(self.prompts, names)]
+        return sources[0] if len(sources) == 1 else merged(sources)
+
+    def take(self, output: RequestOutput) -> int:
+        """→ its place. Raises ApiError when it failed. Rate: chunk."""
+        self.outputs[output.request_id] = output
+        if output.error is not None:
+            raise ApiError(500, f"the request failed: {output.error}", SERVER, code="generation_failed")
+        return self.places[output.request_id]
 
     def finished(self) -> list[RequestOutput]:
-        return [self.outputs[place] for place in sorted(self.outputs)]
+        """By place."""
+        return [self.outputs[name] for name in self.places if name in self.outputs]
 
 
-async def run(engine: EngineClient, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """(place, its output, which may be live) whenever there is more. Raises what the engine raises; an output that ended with an
-    error raises ApiError."""
-    sources = [
-        engine.generate(prompt.given(), job.params, job.name if len(job.prompts) == 1 else f"{job.name}-{place}")
-        for place, prompt in enumerate(job.prompts)
-    ]
-    merged = _single(sources[0]) if len(sources) == 1 else _many(sources)
-    async with aclosing(merged):
-        async for place, output in merged:
-            job.outputs[place] = output
-            if output.error is not None:
-                raise ApiError(500, f"the request failed: {output.error}", SERVER, code="generation_failed")
-            yield place, output
-
-
-async def _single(source: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    async with aclosing(source):  # type: ignore[type-var]
-        async for output in source:
-            yield 0, output
-
-
-async def _many(sources: Sequence[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def merged(sources: Sequence[AsyncIterator[RequestOutput]]) -> AsyncIterator[RequestOutput]:
     """All at once. A reader that is slow gets the latest output of each."""
     changed: dict[int, RequestOutput] = {}
     news = asyncio.Event()
@@ -138,11 +136,11 @@ async def _many(sources: Sequence[AsyncIterator[RequestOutput]]) -> AsyncIterato
         while changed or not all(task.done() for task in tasks):
             await news.wait()
             news.clear()
-            for task in tasks:
-                if task.done() and not task.cancelled() and task.exception() is not None:
-                    task.result()
             for place in list(changed):
-                yield place, changed.pop(place)
+                yield changed.pop(place)
+            for task in tasks:
+                if task.done():
+                    task.result()
     finally:
         for task in tasks:
             task.cancel()
@@ -184,12 +182,15 @@ class Answer(Response):
         self._started = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        server, error = self._server, None
+        server, exchange, error = self._server, scope.get(EXCHANGE), None
         server.admit()
         server.unfinished += 1
         try:
             async with while_wanted(receive, server.section.request_seconds):
-                await (self._events(send) if self._stream else self._whole(scope, receive, send))
+                if self._stream:
+                    await self._stream_out(send, exchange.send_body if exchange is not None else send)
+                else:
+                    await self._whole(scope, receive, send)
         except ClientGoneError as problem:
             error = problem
         except Exception as problem:
@@ -200,25 +201,35 @@ class Answer(Response):
         finally:
             server.unfinished -= 1
             outputs = self._job.finished()
-            if EXCHANGE in scope:
-                scope[EXCHANGE].outputs = outputs
+            if exchange is not None:
+                exchange.outputs = outputs
             self._job.ended(outputs, error)
 
-    async def _whole(self, scope: Any, receive: Receive, send: Send) -> None:
-        async with aclosing(run(self._server.engine, self._job)) as running:
-            async for _ in running:
-                pass
-        body = json_bytes(self._job.writer.whole(self._job.finished()))
-        await Response(body, media_type="application/json")(scope, receive, send)
+    async def _stream_out(self, send: Send, send_body: Send) -> None:
+        """In a task of its own: every wake-up would walk through all layers of the application."""
+        task = asyncio.ensure_future(self._events(send, send_body))
+        try:
+            await task
+        finally:
+            if not task.done():  # this one was cancelled
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
-    async def _events(self, send: Send) -> None:
-        writer = self._job.writer
-        async with aclosing(run(self._server.engine, self._job)) as running:
-            async for place, output in running:
-                data = writer.chunk(place, output)
+    async def _whole(self, scope: Any, receive: Receive, send: Send) -> None:
+        job = self._job
+        async with aclosing(job.start(self._server.engine)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                job.take(output)
+        await Response(json_bytes(job.writer.whole(job.finished())), media_type="application/json")(scope, receive, send)
+
+    async def _events(self, send: Send, send_body: Send) -> None:
+        job, writer = self._job, self._job.writer
+        async with aclosing(job.start(self._server.engine)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                data = writer.chunk(job.take(output), output)
                 if not self._started:
                     self._started, data = True, writer.first() + data
                     await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": writer.last(self._job.finished())})
+                    await send_body({"type": "http.response.body", "body": data, "more_body": True})
+        await send_body({"type": "http.response.body", "body": writer.last(job.finished())})
