@@ -10,8 +10,9 @@ if importlib.util.find_spec("kernel_cpu") is None:
 
 torch.set_num_threads(1)  # references are small; torch's threads would spin beside the kernels'
 
-# The AVX-512 layouts and the products of bf16 pairs, run on any machine.
+# Flags, floats per vector, products of bf16 pairs. "wide" runs the AVX-512 layouts on any machine.
 WIDE = ("-march=native", "-O1", "-DKC_WIDTH=16", "-DKC_EMULATE_DOT")
+VARIANTS = {"wide": (WIDE, 16, 1), "avx2": (("-march=haswell",), 8, 0)}
 
 
 def pytest_configure(config):
@@ -33,9 +34,14 @@ def seeded():
         yield
 
 
-@pytest.fixture(params=["native", pytest.param("wide", marks=pytest.mark.slow), "plain"])
+def _has_avx2() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and {"avx2", "fma"} <= set(cpuinfo.read_text().split())
+
+
+@pytest.fixture(params=["native", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS), "plain"])
 def kernels(request, monkeypatch):
-    """Every implementation in turn: of this machine, 16 floats wide with bf16 pair products, and without a compiler."""
+    """Every implementation in turn: of this machine, 16 floats wide with bf16 pair products, AVX2, and without a compiler."""
     from kernel_cpu import build
 
     compiler = build.find_compiler()
@@ -43,8 +49,11 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(build, "library", lambda: None)
     elif compiler is None:
         pytest.skip("no compiler")
-    elif request.param == "wide":
-        library = build.open_library(build.build(compiler, flags=WIDE))
-        assert library.kc_simd_width() == 16 and library.kc_has_dot()
+    elif request.param in VARIANTS:
+        flags, width, dot = VARIANTS[request.param]
+        if request.param == "avx2" and not _has_avx2():
+            pytest.skip("a processor without AVX2")
+        library = build.open_library(build.build(compiler, flags=flags))
+        assert (library.kc_simd_width(), library.kc_has_dot()) == (width, dot)
         monkeypatch.setattr(build, "library", lambda: library)
     return request.param
