@@ -1,0 +1,148 @@
+"""The device on a GPU: the same answers as the CPU device, and no step that makes the host wait."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_core import Engine, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "matrix"))
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+greedy = partial(SamplingParams, temperature=0, ignore_eos=True, detokenize=False)
+LENGTHS = (3, 17, 40, 64, 9, 1)
+FEATURES_ALONE = (
+    *("prefix_caching", "kv_offload", "ngram", "mlp_speculator", "draft_model"),
+    *("eagle", "eagle3", "eagle3 tree", "n > 1", "logprobs"),
+)
+MODELS = ("llama", "qwen3", "mixtral", "gemma3", "gemma2", "mistral-window", "qwen3-moe")
+
+
+def prompts(vocab_size, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, vocab_size, (length,), generator=draw).tolist() for length in LENGTHS]
+
+
+def run(model, device, params=None, **options):
+    """Outputs by request, all added at once."""
+    with Engine(model=str(model), device=device, max_model_len=128, max_requests=8, **options) as engine:
+        for number, prompt in enumerate(prompts(150)):
+            engine.add_request(str(number), prompt, params or greedy(max_tokens=12 + number))
+        outputs = {}
+        while engine.has_unfinished_requests():
+            outputs.update((output.request_id, output) for output in engine.step())
+        engine.core.scheduler.check()
+    return outputs
+
+
+def tokens(outputs):
+    return {name: [c.token_ids for c in output.outputs] for name, output in outputs.items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    from model_references import CASES, write_checkpoint
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            write_checkpoint(made[name], *CASES[name])
+        return made[name]
+
+    return make
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_step": 7}, {"kv_blocks": 12}], ids=["whole", "chunked", "preempted"])
+def test_tokens_are_the_cpu_devices(checkpoint, name, options):
+    model = checkpoint(name)
+    expected = run(model, "cpu", dtype="float32", **options)
+    assert tokens(run(model, "cuda", dtype="float32", **options)) == tokens(expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_near(checkpoint, name):
+    """The most likely next tokens after each prompt and their logprobs."""
+    model = checkpoint(name)
+    asked = greedy(max_tokens=1, logprobs=5)
+    expected, got = (run(model, device, asked, dtype="bfloat16") for device in ("cpu", "cuda"))
+    for number in expected:
+        one, other = expected[number].outputs[0].logprobs[0], got[number].outputs[0].logprobs[0]
+        for token in set(one) & set(other):
+            assert abs(one[token].logprob - other[token].logprob) < 0.15
+        assert len(set(one) & set(other)) >= 3
+
+
+@needs_gpu
+def test_samples_are_the_cpu_devices(checkpoint):
+    asked = SamplingParams(temperature=1.0, seed=3, top_p=0.9, top_k=30, max_tokens=16, ignore_eos=True, detokenize=False)
+    model = checkpoint("llama")
+    expected, got = (tokens(run(model, device, asked, dtype="float32")) for device in ("cpu", "cuda"))
+    assert got == expected
+
+
+@needs_gpu
+def test_graphs_change_nothing(checkpoint):
+    model = checkpoint("llama")
+    with_graphs = tokens(run(model, "cuda", dtype="float32"))
+    assert tokens(run(model, "cuda", dtype="float32", plugins={"cuda": {"graphs": False}})) == with_graphs
+
+
+@needs_gpu
+def test_an_fp8_cache_is_near(checkpoint):
+    model = checkpoint("llama")
+    asked = greedy(max_tokens=1, logprobs=5)
+    plain, small = (run(model, "cuda", asked, dtype="bfloat16", plugins={"cuda": {"kv_dtype": k}}) for k in ("auto", "fp8"))
+    for number in plain:
+        one, other = plain[number].outputs[0].logprobs[0], small[number].outputs[0].logprobs[0]
+        for token in set(one) & set(other):
+            assert abs(one[token].logprob - other[token].logprob) < 0.3
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("asked", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8}], ids=["greedy", "filtered"])
+def test_a_steady_step_never_waits(asked, graphs):
+    """CUDA raises where the host would wait for the device, but for reading a result when it is asked for."""
+    options = dict(dtype="bfloat16", max_model_len=256, plugins={"cuda": {"graphs": graphs}})
+    with Engine(model="tiny-chat", device="cuda", **options) as engine:
+        assert engine.core.loop.depth == 2
+        params = SamplingParams(**asked, max_tokens=60, ignore_eos=True)
+        for number in range(3):
+            engine.add_request(str(number), "Hello there", params)
+        for _ in range(8):
+            engine.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(10):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FEATURES_ALONE)
+def test_features_give_the_plain_engines_answers(name):
+    from matrix_features import FEATURES, differences
+    from matrix_features import run as run_features
+
+    feature = FEATURES[name]
+    wanted = run_features([feature] if feature.params else [], "cpu")
+    assert differences(wanted, run_features([feature], "cuda"), feature.abort) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_told_and_nothing_of_cuda_is_imported():
+    from kernel_cuda.probe import why_not
+
+    assert why_not() is not None
+    with pytest.raises(Exception, match=r"device = 'cuda': no device can run here\. cuda: "):
+        Engine(model="tiny-chat", device="cuda")
