@@ -28,8 +28,7 @@ class CudaAttention:
     """Split-KV decoding and flash prefill over the paged cache. Every method of rate step or graph can be captured into a
     CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
 
-    `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and
-    head, whatever the model's dtype."""
+    `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head."""
 
     priority = 100
 

@@ -170,14 +170,15 @@ def _attend(
 ):  # fmt: skip
     """Adds the tokens [begin, end) to the running sums of queries [M] at `slot`, `position`, step token `token`."""
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    stop = tl.minimum(end, length)
     n = begin + tl.arange(0, BN)
-    next_block = tl.load(table + n // block_size, mask=(n >= seen_from) & (n < length) & (n < end), other=0)
+    next_block = tl.load(table + n // block_size, mask=(n >= seen_from) & (n < stop), other=0)
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)
-        held = (n >= seen_from) & (n < length)
+        held = (n >= seen_from) & (n < stop)
         block = next_block
         ahead = n + BN  # the table is read one turn early, so that the loads of K and V wait for nothing
-        next_block = tl.load(table + ahead // block_size, mask=(ahead < length) & (ahead < end), other=0)
+        next_block = tl.load(table + ahead // block_size, mask=ahead < stop, other=0)
         k, v, k_scale, v_scale = _load_kv(
             k_cache, v_cache, scales, block, n, held, head, d, dv, block_size, H, D, DV, FP8, q.dtype
         )
@@ -532,7 +533,7 @@ def attend(
     if work.has_long:
         _long[(heads, work.tile_row.shape[0])](
             *data, work.tile_start, work.tile_row, *extras, sink, out, rows, *strides, out.stride(0), out.stride(1), *numbers,
-            **common, TQ=work.tile_q, HAS_SINKS=sinks is not None, **long_shape(dims, group, wide),
+            **common, TQ=work.tile_q, HAS_SINKS=sinks is not None, **long_shape(dims, work.tile_q * group, wide),
         )  # fmt: skip
     room = work.chunk_row.shape[0]
     part = torch.empty(room * heads * work.short_q * group, v_dim + 1, dtype=torch.float32, device=q.device)
@@ -560,13 +561,13 @@ def short_shape(dims: dict[str, int], rows: int, wide: bool) -> dict[str, int]:
     }  # fmt: skip
 
 
-def long_shape(dims: dict[str, int], group: int, wide: bool) -> dict[str, int]:
+def long_shape(dims: dict[str, int], rows: int, wide: bool) -> dict[str, int]:
     """Block sizes of `_long`."""
     size = max(dims["DP"], dims["DVP"])
     tokens = 64 if size <= 128 else 32
-    rows = tile_rows(group, wide)
+    rows = max(16, triton.next_power_of_2(rows))
     return {
-        "BM": rows, "BN": tokens // 2 if wide else tokens,
+        "BM": rows, "BN": tokens // 4 if wide else tokens,
         "num_warps": 4 if wide else 8, "num_stages": 2 if wide or size > 128 else 3,
     }  # fmt: skip
 

@@ -1,0 +1,261 @@
+"""Each kernel against its floor: bytes over the bandwidth of a large copy, or operations over the rate of a large product,
+both measured in the same run.
+
+    PYTHONPATH=hw/cuda python tests/hw/cuda/kernel_bench.py [--only PARTS] [--json FILE]
+
+Needs a GPU, torch and triton. Times are medians of replayed CUDA graphs; inputs rotate so that no weight
+or cache is read from L2.
+"""
+
+import argparse
+import json
+import math
+import statistics
+
+import torch
+import torch.nn.functional as F
+from kernel_cuda.kernels import attention, linear, moe, pointwise, sampling
+
+L2 = 256 << 20  # inputs of one launch and the next are this many bytes apart
+MODELS = {"0.5B": (896, 4864, 14, 2, 64, 151936), "1B": (2048, 8192, 32, 8, 64, 128256), "8B": (4096, 14336, 32, 8, 128, 128256)}
+HALF = torch.bfloat16
+ROWS = []
+
+
+def timed(launches, repeat=7):
+    """Seconds of one launch: the calls one after the other in a graph, replayed."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    inner = max(1, math.ceil(8 / len(launches)))
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            for launch in launches:
+                launch()
+    times = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / inner / len(launches))
+    return statistics.median(times[1:])
+
+
+def copies(nbytes):
+    return max(1, min(64, math.ceil(L2 / nbytes)))
+
+
+def floors():
+    a = torch.randn(1 << 29, device="cuda", dtype=HALF)
+    b = torch.empty_like(a)
+    seconds = timed([lambda a=a, b=b: b.copy_(a)])
+    bandwidth = 2 * a.nbytes / seconds
+    del a, b
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=HALF) for _ in range(2))
+    rate = 2 * 8192**3 / timed([lambda: x @ y])
+    return bandwidth, rate
+
+
+def report(name, seconds, nbytes, operations=0, other=None):
+    floor = max(nbytes / BANDWIDTH, operations / RATE)
+    row = {"kernel": name, "us": seconds * 1e6, "floor_us": floor * 1e6, "of_floor": floor / seconds}
+    if other:
+        row["torch_us"] = other * 1e6
+    ROWS.append(row)
+    beside = f"   torch {other * 1e6:9.1f} us" if other else ""
+    print(f"{name:44} {seconds * 1e6:9.1f} us {100 * floor / seconds:5.0f} %{beside}", flush=True)
+
+
+def weights(n, k):
+    return [torch.randn(n, k, device="cuda", dtype=HALF) * 0.05 for _ in range(copies(2 * n * k))]
+
+
+def layer_shapes(model):
+    hidden, inner, heads, kv_heads, dim, vocab = MODELS[model]
+    return {
+        "qkv": ((heads + 2 * kv_heads) * dim, hidden), "out": (hidden, heads * dim), "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner), "head": (vocab, hidden),
+    }  # fmt: skip
+
+
+def linears():
+    for model in MODELS:
+        for name, (n, k) in layer_shapes(model).items():
+            ws = weights(n, k)
+            for m in (1, 8, 16, 32, 64) if model == "8B" else (1, 16, 64):
+                x = torch.randn(m, k, device="cuda", dtype=HALF)
+                ours = timed([lambda w=w: linear.few_rows(x, w) for w in ws])
+                theirs = timed([lambda w=w: F.linear(x, w) for w in ws])
+                report(f"linear {model} {name} M={m}", ours, 2 * (n * k + m * k + m * n), 2 * m * n * k, theirs)
+                if name == "gate_up":
+                    ours = timed([lambda w=w: linear.few_rows(x, w, gate=0) for w in ws])
+                    report(f"linear+silu_mul {model} M={m}", ours, 2 * (n * k + m * k + m * n // 2), 2 * m * n * k)
+            del ws
+
+
+def narrow():
+    n, k = 28672, 4096
+    for m in (1, 16, 64):
+        x = torch.randn(m, k, device="cuda", dtype=HALF)
+        scale = torch.rand(n, device="cuda")
+        q = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(3)]
+        report(f"int8 gate_up M={m}", timed([lambda w=w: linear.few_rows(x, w, None, scale) for w in q]), n * k)
+        q = [w.view(torch.uint8) & 0xF7 for w in q]
+        report(f"e4m3 gate_up M={m}", timed([lambda w=w: linear.few_rows(x, w, None, scale) for w in q]), n * k)
+        scale = torch.rand(n, k // 128, device="cuda")
+        q = [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda") for _ in range(5)]
+        report(f"int4 gate_up M={m}", timed([lambda w=w: linear.few_rows_int4(x, w, scale) for w in q]), n * k * 9 // 16)
+
+
+def tune():
+    for m in (1, 16, 64):
+        for label, n, k in (("qkv", 6144, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336)):
+            ws = weights(n, k)
+            x = torch.randn(m, k, device="cuda", dtype=HALF)
+            found = []
+            for bn, bk, warps, stages in SHAPES:
+                try:
+                    shape = linear.Shape(bn, bk, warps, stages)
+                    found.append(
+                        (timed([lambda w=w, s=shape: linear.few_rows(x, w, shape=s) for w in ws], 4), bn, bk, warps, stages)
+                    )
+                except Exception as error:
+                    print("tune", bn, bk, warps, stages, type(error).__name__)
+            for seconds, *shape in sorted(found)[:4]:
+                report(f"tune {label} M={m} {shape}", seconds, 2 * n * k)
+            print("   slowest", f"{max(found)[0] * 1e6:.1f}", max(found)[1:])
+            del ws
+
+
+SHAPES = [
+    (16, 256, 4, 4), (16, 256, 4, 6), (16, 512, 4, 3), (16, 128, 4, 6), (16, 256, 8, 4), (32, 128, 4, 4), (32, 128, 4, 6),
+    (32, 256, 4, 3), (32, 256, 8, 4), (64, 64, 4, 5), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 8, 4), (32, 64, 4, 6), (64, 64, 4, 8),
+]  # fmt: skip
+
+
+def cache_of(batch, context, heads, dim, fp8=False):
+    blocks = batch * context // 16 + 1
+    kept = torch.uint8 if fp8 else HALF
+    parts = [torch.empty(blocks, heads, 16, dim, dtype=kept, device="cuda") for _ in range(2)]
+    for part in parts:
+        part.random_(0, 100) if fp8 else part.normal_()
+    scales = torch.full((blocks, heads, 16, 2), 0.01, device="cuda") if fp8 else None
+    table = (torch.randperm(blocks - 1, device="cuda").int() + 1).view(batch, -1)
+    return attention.Cache(*parts, scales), table
+
+
+def decode(model, batch, context, fp8=False, queries=1):
+    _, _, heads, kv_heads, dim, _ = MODELS[model]
+    nbytes = batch * context * kv_heads * ((2 * dim + 8) if fp8 else 4 * dim)
+    sets = [cache_of(batch, context, kv_heads, dim, fp8) for _ in range(min(16, copies(nbytes)))]
+    q = torch.randn(batch * queries, heads, dim, device="cuda", dtype=HALF)
+    q_start = torch.arange(0, batch * queries + 1, queries, device="cuda", dtype=torch.int32)
+    kv_len = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    group, row_bytes = heads // kv_heads, 4 * heads * (dim + 1)
+    plan = lambda: attention.plan(q_start, kv_len, queries, context, batch * queries, group, None, row_bytes)  # noqa: E731
+    work, rules = plan(), attention.Rules(dim**-0.5)
+    seconds = timed([lambda c=c, t=t: attention.attend(q, c, work, t, rules) for c, t in sets])
+    report(
+        f"decode {model} B={batch} ctx={context}{' e4m3' if fp8 else ''}{f' q={queries}' if queries > 1 else ''}", seconds, nbytes
+    )
+    if batch == 256 and context == 8192:
+        report("attention plan B=256", timed([plan]), 4096)
+
+
+def prefill(model, rows, length):
+    _, _, heads, kv_heads, dim, _ = MODELS[model]
+    cache, table = cache_of(rows, length, kv_heads, dim)
+    q = torch.randn(rows * length, heads, dim, device="cuda", dtype=HALF)
+    q_start = torch.arange(0, rows * length + 1, length, device="cuda", dtype=torch.int32)
+    kv_len = torch.full((rows,), length, device="cuda", dtype=torch.int32)
+    work = attention.plan(q_start, kv_len, length, length, rows * length, heads // kv_heads, None, 4 * heads * (dim + 1))
+    rules = attention.Rules(dim**-0.5)
+    seconds = timed([lambda: attention.attend(q, cache, work, table, rules)], 4)
+    k, v = (torch.randn(rows, heads, length, dim, device="cuda", dtype=HALF) for _ in range(2))
+    qs = q.view(rows, length, heads, dim).transpose(1, 2).contiguous()
+    other = timed([lambda: F.scaled_dot_product_attention(qs, k, v, is_causal=True)], 4)
+    report(f"prefill {model} {rows} x {length}", seconds, 0, 2 * rows * heads * length * length * dim, other)
+    ks = torch.randn(rows * length, kv_heads, dim, device="cuda", dtype=HALF)
+    slots = torch.arange(16, 16 + rows * length, device="cuda")
+    report(f"kv write {rows * length}", timed([lambda: attention.write(cache, ks, ks, slots)]), 8 * ks.numel())
+
+
+def points():
+    for m in (1, 64, 8192):
+        x, r, w = (torch.randn(*s, device="cuda", dtype=HALF) for s in ((m, 4096), (m, 4096), (4096,)))
+        report(f"rms_norm+residual {m}x4096", timed([lambda: pointwise.rms_norm(x, w, 1e-5, r)]), 8 * m * 4096)
+        g = torch.randn(m, 28672, device="cuda", dtype=HALF)
+        report(f"silu_mul {m}x14336", timed([lambda: pointwise.act_mul(g, 0)]), 3 * g.numel())
+        qkv, at = torch.randn(m, 48, 128, device="cuda", dtype=HALF), torch.arange(m, device="cuda")
+        cos = torch.rand(8192, 64, device="cuda")
+        report(f"rotary {m}", timed([lambda: pointwise.rotary(qkv[:, :32], qkv[:, 32:40], cos, cos, at)]), 4 * m * 40 * 128)
+        table = torch.randn(128256, 4096, device="cuda", dtype=HALF)
+        report(f"embedding {m}", timed([lambda: pointwise.embedding(at, table)]), 4 * m * 4096)
+
+
+def samples():
+    for m in (1, 64, 256):
+        logits = torch.randn(m, 128256, device="cuda", dtype=HALF) * 2.5
+        key, at = torch.randint(0, 1 << 30, (m, 2), dtype=torch.int32, device="cuda"), torch.arange(m, device="cuda")
+        one, zero = torch.ones(m, device="cuda"), torch.zeros(m, device="cuda")
+        off = torch.zeros(m, dtype=torch.int32, device="cuda")
+        report(f"argmax {m}", timed([lambda: sampling.argmax(logits)]), logits.nbytes, other=timed([lambda: logits.argmax(-1)]))
+        for name, k, p in (
+            ("plain", off, one),
+            ("top_k 50", off + 50, one),
+            ("top_p 0.9", off, 0.9 * one),
+            ("both", off + 50, 0.9 * one),
+        ):
+            launch = lambda k=k, p=p: sampling.sample(logits, at, at, one, zero, k, p, key)  # noqa: E731
+            other = timed([lambda: logits.float().sort(-1)], 3) if name == "top_p 0.9" else None
+            report(f"sample {name} {m}", timed([launch], 4), logits.nbytes, other=other)
+
+
+def experts():
+    hidden, inner, count, top = 4096, 14336, 8, 2
+    up, down = weights(count * 2 * inner, hidden)[0], weights(count * hidden, inner)[0]
+    up, down = up.view(count, 2 * inner, hidden), down.view(count, hidden, inner)
+    for m in (1, 16, 64, 2048):
+        x, logits = torch.randn(m, hidden, device="cuda", dtype=HALF), torch.randn(m, count, device="cuda")
+        chosen, numbers = moe.route(logits, top, True)
+        used = len(numbers.unique())
+        seconds = timed([lambda: moe.experts_mlp(x, up, down, chosen, numbers, 0)])
+        report(f"experts 8x(4096, 14336) M={m}", seconds, 6 * used * inner * hidden, 6 * m * top * inner * hidden)
+
+
+def decodes():
+    for batch, context in ((1, 512), (1, 8192), (8, 8192), (64, 512), (64, 8192), (256, 512), (256, 8192)):
+        decode("8B", batch, context)
+    decode("8B", 64, 8192, fp8=True)
+    decode("8B", 8, 8192, queries=5)
+    for model, batch in (("1B", 1), ("1B", 64), ("0.5B", 64)):
+        decode(model, batch, 8192)
+
+
+PARTS = {
+    "decode": decodes,
+    "prefill": lambda: prefill("8B", 4, 4096),
+    "linears": linears, "narrow": narrow, "points": points, "samples": samples, "experts": experts,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="parts, comma-separated: " + ", ".join([*PARTS, "tune"]))
+    parser.add_argument("--json", default="")
+    arguments = parser.parse_args()
+    BANDWIDTH, RATE = floors()
+    print(f"{torch.cuda.get_device_name()}: copy {BANDWIDTH / 1e12:.2f} TB/s, product {RATE / 1e12:.0f} TFLOP/s", flush=True)
+    for part in arguments.only.split(",") if arguments.only else PARTS:
+        try:
+            {**PARTS, "tune": tune}[part]()
+        except Exception as error:
+            print(f"{part} failed: {error!r}"[:600], flush=True)
+        torch.cuda.empty_cache()
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(
+                {"device": torch.cuda.get_device_name(), "bandwidth": BANDWIDTH, "rate": RATE, "rows": ROWS}, file, indent=1
+            )
