@@ -212,7 +212,10 @@ def request_key(seed: int | None, engine_seed: int | None, arrival: int) -> int:
 
 
 def _ids(prompt: Any) -> Sequence[int]:
-    array = np.asarray(prompt)
+    try:
+        array = np.asarray(prompt)
+    except (ValueError, TypeError, OverflowError):  # ragged, or numbers beyond 64 bits
+        array = np.array(None)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise RequestError("a prompt is text, a flat list of token ids, or a mapping with one of them")
     if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:

@@ -93,6 +93,8 @@ class LLM:
         codec = self.engine.codec
         if codec is None:
             raise RequestError("chats need the text plugin, which is left out")
+        if not isinstance(messages, Sequence):
+            raise RequestError(f"a chat is a list of messages; got {type(messages).__name__}")
         chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = []
         for chat in chats:
@@ -175,8 +177,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """A single text, mapping or list of ids is one prompt."""
     if isinstance(prompts, str | Mapping) or (isinstance(prompts, np.ndarray) and prompts.ndim == 1):
         return [prompts]  # type: ignore[list-item]
-    if prompts and all(isinstance(token, int | np.integer) for token in prompts):
+    if isinstance(prompts, Sequence) and prompts and all(isinstance(token, int | np.integer) for token in prompts):
         return [prompts]  # type: ignore[list-item]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise RequestError(f"prompts are texts, lists of token ids or mappings, or a list of them; got {type(prompts).__name__}")
     return prompts  # type: ignore[return-value]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from kernel_core.plan import Job, Logprobs, SamplingRow, Span
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy
 MIN_TEMPERATURE = 0.01  # smaller ones that are not greedy are raised to it
+_LARGEST = 1e38  # a float32 in the worker
+_INTEGERS = ("n", "top_k", "max_tokens", "seed", "logprobs", "prompt_logprobs", "priority")
+_FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+_KINDS = dict.fromkeys(_INTEGERS, (Integral, "an integer")) | dict.fromkeys(("temperature", "top_p", "min_p"), (Real, "a number"))
+_OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 
 
 @dataclass(slots=True)
@@ -54,6 +60,7 @@ class SamplingParams:
         return cls(**own, fields=given)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if isinstance(self.stop, str):
             self.stop = [self.stop]
         if self.seed == -1:
@@ -67,11 +74,25 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    def _check_kinds(self) -> None:
+        for name, (kind, words) in _KINDS.items():
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL) and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise RequestError(f"{name} must be {words}, got {value!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not _all_are(str, self.stop):
+            raise RequestError(f"stop must be a text or a list of texts, got {self.stop!r}")
+        if not _all_are(Integral, self.stop_token_ids):
+            raise RequestError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
+
     def validate(self) -> None:
-        """Raise `RequestError` naming the first field that is out of range."""
+        """Raise `RequestError` naming the first field that is of another kind or out of range."""
+        self._check_kinds()
         checks = (
             (isinstance(self.n, int) and self.n >= 1, "n must be at least 1"),
-            (self.temperature >= 0, "temperature must not be negative"),
+            (0 <= self.temperature <= _LARGEST, "temperature must be 0 (greedy) or a positive number"),
             (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
             (self.top_k >= 0, "top_k must be 0 or -1 (off) or positive"),
             (0 <= self.min_p <= 1, "min_p must be in [0, 1]"),
@@ -85,7 +106,8 @@ class SamplingParams:
         )
         for passed, message in checks:
             if not passed:
-                raise RequestError(f"{message} (got {self!r})")
+                name = message.split()[0]
+                raise RequestError(f"{message}, got {name} = {getattr(self, name)!r}")
 
     def row(self, num_prompt_tokens: int, vocab_size: int) -> SamplingRow:
         """The numbers a worker needs; greedy rows have every filter off."""
@@ -93,6 +115,10 @@ class SamplingParams:
         if self.greedy:
             return SamplingRow(0.0, 0, 1.0, 0.0, logprobs, prompt_logprobs, num_prompt_tokens)
         return SamplingRow(self.temperature, self.top_k, self.top_p, self.min_p, logprobs, prompt_logprobs, num_prompt_tokens)
+
+
+def _all_are(kind: type, values: Any) -> bool:
+    return values is None or (isinstance(values, Iterable) and all(isinstance(v, kind) for v in values))
 
 
 def _width(asked: int | None, vocab_size: int) -> int:

@@ -52,8 +52,26 @@ def test_all_logprobs_means_the_whole_vocabulary():
         {"logprobs": -2},
         {"prompt_logprobs": -2},
         {"seed": 2**64},
+        {"seed": "x"},
+        {"stop": [1]},
+        {"stop": 2},
+        {"stop_token_ids": "x"},
+        {"stop_token_ids": [1.5]},
+        {"top_k": "many"},
+        {"top_k": 2.5},
+        {"max_tokens": True},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"ignore_eos": 3},
+        {"priority": None},
     ],
 )
 def test_out_of_range_is_refused_by_name(given: dict):
     with pytest.raises(RequestError, match=next(iter(given))):
         SamplingParams(**given).validate()
+    later = SamplingParams()
+    for name, value in given.items():
+        setattr(later, name, [value] if name == "stop" and isinstance(value, str) else value)
+    with pytest.raises(RequestError, match=next(iter(given))):
+        later.validate()

@@ -256,3 +256,12 @@ def test_a_checkpoint_without_a_tokenizer_takes_and_gives_token_ids_only(tmp_pat
         codec.encode("hello")
     with pytest.raises(RequestError, match="no chat template"):
         codec.apply_chat_template([{"role": "user", "content": "hello"}])
+
+
+def test_half_a_surrogate_is_refused_and_no_chat_is_not_an_accident(folder):
+    codec = codec_of("byte_level", folder)
+    with pytest.raises(RequestError, match="no valid Unicode"):
+        codec.encode("a\ud800")
+    for chat in (None, 5, [], [5], "hello", [{"content": "no role"}]):
+        with pytest.raises(RequestError, match="a chat is"):
+            codec.apply_chat_template(chat)

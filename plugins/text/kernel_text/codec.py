@@ -79,7 +79,10 @@ class Codec:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self._missing:
             raise RequestError(f"{self._no_tokenizer}: send token ids, or set `tokenizer` to a model that has one")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise RequestError(f"the prompt is no valid Unicode text: {text[:40]!r}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -123,7 +126,8 @@ class Codec:
     ) -> str:
         from jinja2 import TemplateError
 
-        if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        well_formed = isinstance(messages, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in messages)
+        if not messages or not well_formed:
             raise RequestError('a chat is a non-empty list of messages like {"role": "user", "content": "..."}')
         if self._missing:
             raise RequestError(f"{self._no_tokenizer} and no chat template: set `tokenizer` to a model that has them")
