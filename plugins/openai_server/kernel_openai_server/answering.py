@@ -81,6 +81,22 @@ class Answering:
     def answer(self, job: Job, stream: bool) -> Response:
         return Answer(self, job, stream)
 
+    async def detached(self, job: Job) -> None:
+        """Run it although nobody waits; `job.ended` hears of errors too."""
+        self.unfinished += 1
+        error: BaseException | None = None
+        try:
+            async with asyncio.timeout(self.section.request_seconds), aclosing(job.start(self.engine)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    job.take(output)
+        except BaseException as problem:  # it is the job's
+            error = problem
+            if not isinstance(problem, Exception):
+                raise
+        finally:
+            self.unfinished -= 1
+            job.ended(job.finished(), error)
+
 
 def _nothing(outputs: list[RequestOutput], error: BaseException | None) -> None:
     """Nobody wants to know how a job ended."""
@@ -226,10 +242,13 @@ class Answer(Response):
         job, writer = self._job, self._job.writer
         async with aclosing(job.start(self._server.engine)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
-                data = writer.chunk(job.take(output), output)
+                place = job.take(output)
                 if not self._started:
-                    self._started, data = True, writer.first() + data
+                    self._started, opening = True, writer.first()
                     await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                    data = opening + writer.chunk(place, output)
+                else:
+                    data = writer.chunk(place, output)
                 if data:
                     await send_body({"type": "http.response.body", "body": data, "more_body": True})
         await send_body({"type": "http.response.body", "body": writer.last(job.finished())})

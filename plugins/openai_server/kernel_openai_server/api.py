@@ -16,6 +16,7 @@ from kernel_openai_server.grammar import Grammar
 from kernel_openai_server.logprobs import LogprobWriter
 from kernel_openai_server.protocol.requests import Sampling
 from kernel_openai_server.rendering import Renderer
+from kernel_openai_server.response_store import ResponseStore
 from kernel_openai_server.section import ServerSection
 from kernel_openai_server.tools import Tools
 
@@ -37,6 +38,7 @@ class Api:
         self.models = RequestModels(engine.request_fields)
         self.renderer = Renderer(engine, section)
         self.answering = Answering(engine, section)
+        self.store = ResponseStore(section.stored_responses, section.stored_bytes)
         self.created = int(time.time())
 
     @cached_property
@@ -55,8 +57,12 @@ class Api:
         choices, limit = num_prompts * (body.n or 1), self.section.max_choices
         if choices > limit:
             raise invalid(f"{choices} choices are more than the {limit} that one request may have", "n")
+        self.check_logprobs(**logprobs, prompt_logprobs=body.prompt_logprobs)
+
+    def check_logprobs(self, **asked_for: int | None) -> None:
+        """Raises ApiError."""
         most = self.section.max_logprobs
-        for name, asked in {**logprobs, "prompt_logprobs": body.prompt_logprobs}.items():
+        for name, asked in asked_for.items():
             if asked is not None and most != -1 and (asked == -1 or asked > most):
                 raise invalid(f"{name} = {asked}: at most {most} may be asked for", name)
 

@@ -28,6 +28,7 @@ from kernel_openai_server.client import EngineClient
 from kernel_openai_server.generation import make_router as generation_routes
 from kernel_openai_server.grammar import Grammar
 from kernel_openai_server.operation import make_router as operation_routes
+from kernel_openai_server.response_routes import make_router as response_routes
 from kernel_openai_server.section import NAME, ServerSection
 from kernel_openai_server.tools import Tools
 
@@ -52,7 +53,7 @@ class Service:
             tools=context.service("tools/1", Tools),
             grammar=context.service("grammar/1", Grammar),
         )
-        own = [(NAME, operation_routes(api)), (NAME, generation_routes(api))]
+        own = [(NAME, operation_routes(api)), (NAME, generation_routes(api)), (NAME, response_routes(api))]
         routers = own + context.ask("register_routes", engine=engine)
         check_owners(routers)
         app = build(routers, section, api)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import Request
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from kernel_core.api import PluginError
 from kernel_openai_server.errors import ApiError, from_validation, invalid
-from kernel_openai_server.protocol.requests import PARAMETERS, ChatRequest, CompletionRequest, Sampling
+from kernel_openai_server.protocol.requests import PARAMETERS, ChatRequest, CompletionRequest
+from kernel_openai_server.protocol.responses import ResponseRequest
 
 M = TypeVar("M", bound=BaseModel)
+BODIES = (CompletionRequest, ChatRequest, ResponseRequest)
 
 
 class RequestModels:
@@ -23,41 +25,29 @@ class RequestModels:
     def __init__(self, registered: Mapping[str, type[BaseModel]]) -> None:
         self._added = {name: info for model in registered.values() for name, info in model.model_fields.items()}
         for plugin, model in registered.items():
-            taken = sorted(set(model.model_fields) & {*CompletionRequest.model_fields, *ChatRequest.model_fields})
+            taken = sorted(set(model.model_fields) & set().union(*(api.model_fields for api in BODIES)))
             if taken:
                 raise PluginError(
                     f"the plugin {plugin!r} registers the request field {taken[0]!r}, which the HTTP API has itself"
                 )
         self.completion = self.extended(CompletionRequest)
         self.chat = self.extended(ChatRequest)
+        self.response = self.extended(ResponseRequest)
 
     def extended(self, model: type[M]) -> type[M]:
         """The same model with the plugins' fields, all of them optional; their own models check the values again."""
         added: dict[str, Any] = {}
         for name, info in self._added.items():
-            described = info.description or "of a plugin"
-            annotation = info.annotation
+            annotation: Any = info.annotation
             for constraint in info.metadata:
-                annotation = _annotated(annotation, constraint)
-            added[name] = (annotation | None, _field(described))
+                annotation = Annotated[annotation, constraint]
+            added[name] = (annotation | None, Field(None, description=info.description or "of a plugin"))
         return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **added)
 
-    def sampling(self, body: Sampling) -> dict[str, Any]:
+    def sampling(self, body: BaseModel) -> dict[str, Any]:
         """Parameters that the body sets, the plugins' included."""
         given = body.model_fields_set
         return {name: getattr(body, name) for name in (*PARAMETERS, *self._added) if name in given}
-
-
-def _annotated(annotation: Any, constraint: Any) -> Any:
-    from typing import Annotated
-
-    return Annotated[annotation, constraint]
-
-
-def _field(description: str) -> Any:
-    from pydantic import Field
-
-    return Field(None, description=description)
 
 
 async def read(request: Request, model: type[M]) -> M:

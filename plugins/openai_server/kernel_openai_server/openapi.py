@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from kernel_openai_server.fields import RequestModels
 from kernel_openai_server.protocol import objects
 from kernel_openai_server.protocol.requests import DetokenizeRequest, TokenizeRequest
+from kernel_openai_server.protocol.responses import DeletedResponse, ResponseObject
 
 REFERENCE = "#/components/schemas/{name}"
 STATUSES = {
@@ -27,7 +28,7 @@ STATUSES = {
     504: "the request took too long",
 }
 ANSWERS = (objects.Completion, objects.ChatCompletion, objects.ChatChunk, objects.ModelList, objects.Model, objects.Tokens)
-STRUCTS = (*ANSWERS, objects.Text, objects.Health, objects.Version, objects.Load, objects.Error)
+STRUCTS = (*ANSWERS, objects.Text, objects.Health, objects.Version, objects.Load, objects.Error, ResponseObject, DeletedResponse)
 
 
 def answers(body: str | None, answer: type | None, stream: bool = False) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def install(app: FastAPI, models: RequestModels) -> None:
 
 
 def _schemas(models: RequestModels) -> dict[str, Any]:
-    bodies = (models.completion, models.chat, TokenizeRequest, DetokenizeRequest)
+    bodies = (models.completion, models.chat, models.response, TokenizeRequest, DetokenizeRequest)
     _, found = models_json_schema([(model, "validation") for model in bodies], ref_template="#/components/schemas/{model}")
     _, structs = msgspec.json.schema_components(STRUCTS, ref_template=REFERENCE)
     return {**found["$defs"], **structs}

@@ -35,6 +35,8 @@ class ServerSection(Section):
     allow_chat_template: bool = False  # let requests bring a chat template of their own (it runs in a sandbox)
     reasoning_spelling: tuple[str, ...] = ("reasoning",)  # field names for reasoning: also "reasoning_content"
     reports_usage: bool = False  # every stream ends with usage, as if stream_options.include_usage were given
+    stored_responses: int = Field(1000, ge=0)  # of /v1/responses, kept in memory for GET and previous_response_id; the oldest go
+    stored_bytes: int = Field(64 << 20, ge=0)  # the same, by size
     log_requests: bool = False  # a line for each request to the standard error
     documents: bool = True  # /docs and /openapi.json
 
