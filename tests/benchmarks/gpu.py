@@ -28,6 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
+STEPS_TRACED = 20
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,7 @@ def decode(opened: Any, batch: int, length: int, steps: int, vocab: int) -> floa
     """Seconds of a step in which every row decodes, once all prompts are computed."""
     warm = 8
     requests(opened, batch, length, steps + warm + 8, vocab)
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {tracked.output.request_id for tracked in opened.advance() if tracked.output.outputs[0].token_ids}
+    until_all_decode(opened, batch)
     for _ in range(warm):
         opened.advance()
     torch.cuda.synchronize()
@@ -223,6 +222,12 @@ def decode(opened: Any, batch: int, length: int, steps: int, vocab: int) -> floa
     taken = (time.perf_counter() - begin) / steps
     finish(opened)
     return taken
+
+
+def until_all_decode(opened: Any, batch: int) -> None:
+    started: set[str] = set()
+    while len(started) < batch:
+        started |= {tracked.output.request_id for tracked in opened.advance() if tracked.output.outputs[0].token_ids}
 
 
 def finish(opened: Any) -> None:
@@ -283,14 +288,12 @@ def prefill(opened: Any, name: str, rate: float, prompts: int = 4, length: int =
     }
 
 
-def busy(opened: Any, vocab: int, batch: int = 256, steps: int = 20) -> dict[str, float]:
-    """The share of a steady decode in which a kernel runs, from a trace."""
+def traced(opened: Any, batch: int, context: int, vocab: int, steps: int = STEPS_TRACED) -> list[tuple[float, float, str]]:
+    """(start, end, name) in microseconds of everything the GPU did in some steady decode steps."""
     from torch.profiler import ProfilerActivity, profile
 
-    requests(opened, batch, 128, steps + 40, vocab)
-    started: set[str] = set()
-    while len(started) < batch:
-        started |= {tracked.output.request_id for tracked in opened.advance() if tracked.output.outputs[0].token_ids}
+    requests(opened, batch, context, steps + 40, vocab)
+    until_all_decode(opened, batch)
     for _ in range(8):
         opened.advance()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
@@ -298,14 +301,31 @@ def busy(opened: Any, vocab: int, batch: int = 256, steps: int = 20) -> dict[str
             opened.advance()
         torch.cuda.synchronize()
     finish(opened)
-    spans = sorted(
-        (e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA
-    )
+    events = (e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+
+
+def kernel_table(spans: list[tuple[float, float, str]], most: int) -> str:
+    """Microseconds and launches a step, by kernel."""
+    total: dict[str, list[float]] = {}
+    for start, stop, name in spans:
+        total.setdefault(name, []).append(stop - start)
+    longest = sorted(total.items(), key=lambda item: -sum(item[1]))[:most]
+    lines = [
+        f"    {sum(taken) / STEPS_TRACED:8.1f} us  {len(taken) / STEPS_TRACED:6.1f} x  {name[:100]}" for name, taken in longest
+    ]
+    between = spans[-1][1] - spans[0][0] - sum(stop - start for start, stop, _ in spans)
+    return "\n".join([*lines, f"    {between / STEPS_TRACED:8.1f} us  between kernels"])
+
+
+def busy(opened: Any, vocab: int, batch: int = 256) -> dict[str, float]:
+    """The share of a steady decode in which a kernel runs, from a trace."""
+    spans = traced(opened, batch, 128, vocab)
     total, end = 0.0, spans[0][0]
-    for start, stop in spans:
+    for start, stop, _ in spans:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return {"busy": total / (end - spans[0][0]), "kernels_a_step": len(spans) / steps}
+    return {"share": total / (end - spans[0][0]), "kernels_a_step": len(spans) / STEPS_TRACED}
 
 
 # ---- transformers
