@@ -40,16 +40,32 @@ def formula(q, k, v, own, position, rules, sinks, tree):
     return torch.einsum("hnm,mhd->nhd", w, v)
 
 
-def quantised(x):
-    """What an e4m3 cache makes of x [.., D], one scale for the last dimension."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 448
-    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+def e4m3(x):
+    """x [.., D] → bytes and a scale for the last dimension, as the cache keeps them."""
+    scale = x.float().abs().amax(-1) / 448
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def store(cache, k, v, slots):
+    """k [T, H, D], v [T, H, Dv] at slots, where those are not -1."""
+    keep = slots >= 0
+    block, at = slots[keep] // BLOCK, slots[keep] % BLOCK
+    for number, (part, x) in enumerate(((cache.k, k), (cache.v, v))):
+        x, scale = (x, None) if cache.scales is None else e4m3(x)
+        part[block, :, at] = x[keep].to(part.device)
+        if scale is not None:
+            cache.scales[block, :, at, number] = scale[keep].to(part.device)
+
+
+def kept(x):
+    data, scale = e4m3(x)
+    return data.view(torch.float8_e4m3fn).float() * scale[..., None]
 
 
 def run(device, lengths, counts, dtype=torch.float32, heads=4, kv_heads=2, dim=16, v_dim=None, rules=None, sinks=False,
         tree=False, fp8=False, max_q=None, spread=False):  # fmt: skip
-    """Write a cache, attend, compare; the cache's unused slots hold NaN. Returns the outputs."""
-    torch.manual_seed(0)
+    """Fill a cache, attend, compare; the cache's unused slots hold NaN. Returns the outputs. The first rows' data do not
+    depend on the others."""
     v_dim, rules = v_dim or dim, rules or Rules(dim**-0.5)
     rows, width = len(lengths), max(-(-n // BLOCK) for n in lengths)
     blocks = rows * width + 3
@@ -66,15 +82,17 @@ def run(device, lengths, counts, dtype=torch.float32, heads=4, kv_heads=2, dim=1
         )
     else:
         cache = Cache(*(torch.full((*shape, d), torch.nan, dtype=dtype, device=device) for d in (dim, v_dim)))
-    k = [torch.randn(n, kv_heads, dim).to(dtype) for n in lengths]
-    v = [torch.randn(n, kv_heads, v_dim).to(dtype) for n in lengths]
+    torch.manual_seed(0)
+    shapes = [((n, kv_heads, dim), (n, kv_heads, v_dim), (c, heads, dim)) for n, c in zip(lengths, counts)]
+    rows_of = [[torch.randn(shape) for shape in row] for row in shapes]
+    k, v, q = ([row[i].to(dtype) for row in rows_of] for i in range(3))
     slots = [table[r, torch.arange(n) // BLOCK].long() * BLOCK + torch.arange(n) % BLOCK for r, n in enumerate(lengths)]
     hole = rules.first_slot
     for r in range(rows):
         slots[r][: min(hole, lengths[r])] = -1
-    attention.write(cache, torch.cat(k).to(device), torch.cat(v).to(device), torch.cat(slots).to(device))
+    store(cache, torch.cat(k), torch.cat(v), torch.cat(slots))
     tokens = sum(counts)
-    q = torch.randn(tokens, heads, dim).to(dtype)
+    q = torch.cat(q)
     q_start = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     kv_len = torch.tensor(lengths, dtype=torch.int32)
     sink = torch.randn(heads) if sinks else None
@@ -101,7 +119,7 @@ def run(device, lengths, counts, dtype=torch.float32, heads=4, kv_heads=2, dim=1
     )
     out = attention.attend(to(q), cache, work, to(table), rules, to(sink), to(links), to(positions)).cpu()
     if fp8:
-        k, v = [quantised(x) for x in k], [quantised(x) for x in v]
+        k, v = [kept(x) for x in k], [kept(x) for x in v]
     for r, (n, c) in enumerate(zip(lengths, counts)):
         span = slice(int(q_start[r]), int(q_start[r + 1]))
         own = torch.arange(n - c, n)
@@ -175,10 +193,32 @@ def test_e4m3_cache(device, counts):
 
 
 def test_a_row_does_not_depend_on_the_others(device):
-    torch.manual_seed(0)
+    """The same row first, then among others, longer bounds and a prefill."""
     alone = run(device, [300], [1])
-    cache_free = run(device, [300, 40], [1, 1])
-    assert alone.shape[0] == 1 and cache_free.shape[0] == 2
+    assert torch.equal(run(device, [300, 40], [1, 1], max_q=2, spread=True)[:1], alone)
+    assert torch.equal(run(device, [300, 90], [1, 70])[:1], alone)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_write(device, fp8):
+    """Strided k and v; -1 is not written, nor is any other slot."""
+    torch.manual_seed(0)
+    qkv = torch.randn(5, 9, 40, device=device)
+    k, v = qkv[:, 2:5, :24], qkv[:, 5:8]
+    slots = torch.tensor([17, -1, 3, 47, 16], device=device)
+    dtype = torch.uint8 if fp8 else torch.float32
+    made = [
+        Cache(*(torch.full((3, 3, BLOCK, d), 7, dtype=dtype, device=device) for d in (24, 40)),
+              torch.full((3, 3, BLOCK, 2), 7.0, device=device) if fp8 else None)
+        for _ in range(2)
+    ]  # fmt: skip
+    attention.write(made[0], k, v, slots)
+    store(made[1], k.cpu(), v.cpu(), slots.cpu())
+    for ours, wanted in ((made[0].k, made[1].k), (made[0].v, made[1].v)):
+        assert ((ours.int() - wanted.int()).abs() <= 1).all() if fp8 else torch.equal(ours, wanted)
+        assert (ours != wanted).float().mean() < 1e-3
+    if fp8:
+        torch.testing.assert_close(made[0].scales, made[1].scales)
 
 
 def test_tokens_are_copied_as_if_read_before_any_write(device):
