@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernel_core.errors import ConfigError
 from kernel_core.nn.ops import keeps_weight, prepare
-from kernel_core.nn.protocols import AttentionSpec, Forward, ModelContext
+from kernel_core.nn.protocols import AttentionSpec, Forward, HeadPreparation, ModelContext
 from kernel_core.nn.rope import Rotary
 
 Shard = Literal["column", "row", "none"]
@@ -205,6 +205,11 @@ class Linear(nn.Module):
         y = self._op(x, self._state)
         return y if self._reduce is None else self._reduce(y)
 
+    def gated(self, x: Tensor, activation: str) -> Tensor | None:
+        """activation(gate) * up [T, F] of a linear that holds both, where its op does that in one pass; None: it does not."""
+        fused = getattr(self._op, "gated", None)
+        return None if fused is None else fused(x, self._state, activation)
+
 
 class VocabEmbedding(nn.Module):
     """Token ids [T] → [T, H]. Ranks share the vocabulary, padded to a multiple of them."""
@@ -370,10 +375,13 @@ class GatedMLP(nn.Module):
         half = Output(intermediate_size, intermediate_size)
         self.gate_up = Linear(ctx, hidden_size, {"gate": half, "up": half}, bias=bias, shard="column")
         self.down = Linear(ctx, intermediate_size, hidden_size, bias=bias, shard="row")
+        self._activation = activation_op(activation)
         self._act_mul = ctx.ops.resolve(gated_op(activation), dtype=ctx.dtype, size=self.down.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self._act_mul(self.gate_up(x)))
+        fused = getattr(self.gate_up, "gated", None)  # what has taken the linear's place may not have it
+        y = None if fused is None else fused(x, self._activation)
+        return self.down(self._act_mul(self.gate_up(x)) if y is None else y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,14 +429,28 @@ class Attention(nn.Module):
             soft_cap=shape.soft_cap,
         )
         self.backend = ctx.attention(self.spec)
+        self._prepared = getattr(self.backend, "prepared_forward", None) if type(rotary) is Rotary else None
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """x [T, H] → [T, H]."""
         spec = self.spec
         q, k, v = (y.unflatten(-1, (-1, spec.head_dim)) for y in self.qkv(x).split(self.sizes, -1))
+        if self._prepared is not None and fwd.positions.dim() == 1:
+            y = self._prepared(q, k, v, fwd.kv[spec.layer], fwd.attention[spec.layer], spec, None, self._heads(fwd.positions))
+            return self.out(y.flatten(1))
         if self.q_norm is not None:
             q, k = (norm(y.reshape(-1, spec.head_dim))[0].view(y.shape) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
             q, k = self.rotary(q, k, fwd.positions)
         y = self.backend.forward(q, k, v, fwd.kv[spec.layer], fwd.attention[spec.layer], spec, None)
         return self.out(y.flatten(1))
+
+    def _heads(self, positions: Tensor) -> HeadPreparation:
+        """What comes between the projections and the attention, for a backend that does it too."""
+        rotary, q_norm, k_norm = self.rotary, self.q_norm, self.k_norm
+        tables = (rotary.cos, rotary.sin, positions, rotary.rope.interleaved)
+        return (
+            HeadPreparation(*tables)
+            if q_norm is None
+            else HeadPreparation(*tables, q_norm.weight, k_norm.weight, q_norm.eps, q_norm.offset)
+        )

@@ -66,6 +66,21 @@ class AttentionBatch:
     positions: Tensor | None = None  # [T] int64 of the queries where trees make them differ from the above; for windows
 
 
+@dataclass(frozen=True, slots=True)
+class HeadPreparation:
+    """What happens to q and k between their projection and the attention: where there are weights, an RMS norm per head
+    (`offset` as in the op `rms_norm`), then the op `rotary`."""
+
+    cos: Tensor  # [P, rot / 2] float32
+    sin: Tensor
+    positions: Tensor  # [T] int64
+    interleaved: bool
+    q_weight: Tensor | None = None  # [D]
+    k_weight: Tensor | None = None
+    eps: float = 0.0
+    offset: int = 0
+
+
 @runtime_checkable
 class AttentionBackend(Protocol):
     """KV storage of a layer in the device's own layout, and attention over it. Never reads a block that a row's table does
@@ -99,6 +114,8 @@ class AttentionBackend(Protocol):
         0 → 0 are padding. Rate: step."""
         ...
 
+    # May also have `prepared_forward(q, k, v, kv, plan, spec, sinks, heads: HeadPreparation)`, rate graph: `forward` of q and
+    # k that it normalises and rotates itself; it may write into q, k and v. Layers use it where there is one.
     # May also have `blocks(kv, spec, block_size) -> Sequence[Tensor]`, rate build: the tensors that hold one layer's KV, each
     # with the block as its first dimension and a block's part contiguous. Without it KV blocks cannot leave the device.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernel_core.nn.api import AttentionBatch, AttentionSpec
+from kernel_core.nn.api import AttentionBatch, AttentionSpec, HeadPreparation
 from kernel_cuda.kernels import attention
 from kernel_cuda.kernels.attention import Cache, Rules, Work
 
@@ -69,11 +69,32 @@ class CudaAttention:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None
     ) -> Tensor:
-        batch = plan.batch
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        attention.write(kv, k, v, batch.slot_mapping)
+        q, k, v = (_unit(x) for x in (q, k, v))
+        attention.write(kv, k, v, plan.batch.slot_mapping)
+        return self._attend(q, kv, plan, spec, sinks)
+
+    def prepared_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: Cache,
+        plan: Plan,
+        spec: AttentionSpec,
+        sinks: Tensor | None,
+        heads: HeadPreparation,
+    ) -> Tensor:
+        """`forward` of q and k that are normalised and rotated here, in the launch that writes the cache."""
+        q, k, v = (_unit(x) for x in (q, k, v))
+        attention.prepare(
+            q, k, v, kv, plan.batch.slot_mapping, heads.cos, heads.sin, heads.positions, heads.interleaved,
+            heads.q_weight, heads.k_weight, heads.eps, heads.offset,
+        )  # fmt: skip
+        return self._attend(q, kv, plan, spec, sinks)
+
+    def _attend(self, q: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+        batch, work = plan.batch, plan.work[spec.num_heads // spec.num_kv_heads]
         rules = Rules(spec.scale, spec.window, spec.soft_cap, spec.causal, spec.first_slot)
-        work = plan.work[spec.num_heads // spec.num_kv_heads]
         return attention.attend(q, kv, work, batch.block_table, rules, sinks, batch.tree, batch.positions)
 
     def blocks(self, kv: Cache, spec: AttentionSpec, block_size: int) -> Sequence[Tensor]:
@@ -81,3 +102,7 @@ class CudaAttention:
 
     def copy_kv(self, kv: Cache, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
         attention.copy_tokens(kv, src, dst)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()

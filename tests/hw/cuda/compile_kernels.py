@@ -74,7 +74,9 @@ def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None,
     parts = (meta(1000, kv_heads, 16, dim, dtype=kept) for _ in range(2))
     cache = kernels.Cache(*parts, meta(1000, kv_heads, 16, 2, dtype=torch.float32) if fp8 else None)
     tokens = 8 * queries
-    q = meta(tokens, heads, dim, dtype=dtype)
+    q, table = meta(tokens, heads, dim, dtype=dtype), meta(8192, dim // 2, dtype=torch.float32)
+    at, norm = meta(tokens, dtype=torch.int64), meta(dim, dtype=dtype)
+    kernels.prepare(q, q[:, :kv_heads], q[:, :kv_heads], cache, at, table, table, at, False, norm, norm)
     kernels.write(cache, q[:, :kv_heads], q[:, :kv_heads], meta(tokens, dtype=torch.int64))
     ints = [meta(n, dtype=torch.int32) for n in (9, 8)]
     row_bytes = 4 * heads * (dim + 1)
@@ -179,7 +181,7 @@ def main(architecture, part=""):
 
 COMMON = {  # kernels that do not change much from case to case: compiled once
     "plan": "prefill 128", "combine": "decode 128", "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
-    "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
+    "prepare": ("decode 128", "decode e4m3"), "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
     "short": ("decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "verify window tree"),
 }  # fmt: skip
 

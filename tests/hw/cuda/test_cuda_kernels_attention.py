@@ -221,6 +221,48 @@ def test_write(device, fp8):
         torch.testing.assert_close(made[0].scales, made[1].scales)
 
 
+def rms(x, w, offset):
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return y * (w + offset)
+
+
+@pytest.mark.parametrize(
+    ("norm", "offset", "interleaved", "fp8"), [(False, 0, False, False), (True, 0, True, False), (True, 1, False, True)]
+)
+def test_norm_rotation_and_write_in_one(device, norm, offset, interleaved, fp8):
+    torch.manual_seed(0)
+    qkv = torch.randn(4, 10 + 3 + 3, 24, device=device)
+    q, k, v = qkv[:, :10], qkv[:, 10:13], qkv[:, 13:]
+    angles = torch.rand(30, 10, device=device) * 6
+    at, slots = torch.tensor([3, 29, 0, 7], device=device), torch.tensor([17, -1, 3, 47], device=device)
+    c, s = angles.cos()[at][:, None], angles.sin()[at][:, None]
+    weights = [torch.randn(24, device=device) for _ in range(2)] if norm else [None, None]
+
+    def turned(x, w):
+        x = rms(x, w, offset) if norm else x
+        a, b = x[..., :20].unflatten(-1, (10, 2) if interleaved else (2, 10)).unbind(-1 if interleaved else -2)
+        pairs = torch.stack([a * c - b * s, b * c + a * s], -1 if interleaved else -2).flatten(-2)
+        return torch.cat([pairs, x[..., 20:]], -1)
+
+    want_q, want_k = turned(q.clone(), weights[0]), turned(k.clone(), weights[1])
+    dtype = torch.uint8 if fp8 else torch.float32
+    made = [
+        Cache(*(torch.full((3, 3, BLOCK, 24), 7, dtype=dtype, device=device) for _ in range(2)),
+              torch.full((3, 3, BLOCK, 2), 7.0, device=device) if fp8 else None)
+        for _ in range(2)
+    ]  # fmt: skip
+    store(made[1], want_k.cpu(), v.cpu(), slots.cpu())
+    attention.prepare(q, k, v, made[0], slots, angles.cos(), angles.sin(), at, interleaved, *weights, 1e-6, offset)
+    torch.testing.assert_close(q, want_q)
+    for ours, wanted in ((made[0].k, made[1].k), (made[0].v, made[1].v)):
+        if fp8:
+            assert ((ours.int() - wanted.int()).abs() <= 1).all() and (ours != wanted).float().mean() < 1e-3
+        else:
+            torch.testing.assert_close(ours, wanted)
+    if fp8:
+        torch.testing.assert_close(made[0].scales, made[1].scales)
+
+
 def test_tokens_are_copied_as_if_read_before_any_write(device):
     cache = Cache(*(torch.randn(3, 2, BLOCK, d).to(device) for d in (16, 24)))
     k, v = (x.transpose(1, 2).flatten(0, 1).clone() for x in (cache.k, cache.v))

@@ -84,6 +84,111 @@ def _write(
 
 
 @triton.jit
+def _store_part(x, cache_ptr, at, mask, scale, FP8: tl.constexpr):
+    if FP8:
+        quotient = tl.minimum(tl.maximum(x / scale[:, None], -448.0), 448.0)
+        tl.store(cache_ptr + at, encode_e4m3(quotient), mask=mask)
+    else:
+        tl.store(cache_ptr + at, x.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normal(x, scale, w, NORM: tl.constexpr, OFFSET: tl.constexpr):
+    """x [H, N] of heads that are scaled by scale [H]; rounded as the op rms_norm rounds. → float32."""
+    kind = x.dtype
+    y = x.to(tl.float32)
+    if NORM:
+        w = w.to(tl.float32)
+        if OFFSET:
+            y = y * scale[:, None] * (w + OFFSET)[None, :]
+        else:
+            y = (y * scale[:, None]).to(kind).to(tl.float32) * w[None, :]
+        y = y.to(kind).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _turned(x, w, heads, H, c, s, eps, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr,
+            RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """Heads at the pointers x [H], normalised and rotated → the two elements of each pair, those that do not turn (rounded to
+    x's type, as float32), and where they stand."""
+    d, i, rest = tl.arange(0, DP), tl.arange(0, HALFP), 2 * HALF + tl.arange(0, RESTP)
+    kind = x.dtype.element_ty
+    ok = (heads < H)[:, None]
+    scale = tl.zeros_like(heads).to(tl.float32)
+    if NORM:
+        whole = tl.load(x[:, None] + d[None, :], mask=ok & (d < D)[None, :], other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(whole * whole, 1) / D + eps)
+    first = 2 * i if INTERLEAVED else i
+    second = first + (1 if INTERLEAVED else HALF)
+    inside = ok & (i < HALF)[None, :]
+    a = tl.load(x[:, None] + first[None, :], mask=inside, other=0.0)
+    b = tl.load(x[:, None] + second[None, :], mask=inside, other=0.0)
+    a = _normal(a, scale, tl.load(w + first, mask=i < HALF, other=0.0), NORM, OFFSET)
+    b = _normal(b, scale, tl.load(w + second, mask=i < HALF, other=0.0), NORM, OFFSET)
+    a2 = (a * c[None, :] - b * s[None, :]).to(kind).to(tl.float32)
+    b2 = (b * c[None, :] + a * s[None, :]).to(kind).to(tl.float32)
+    z = tl.load(x[:, None] + rest[None, :], mask=ok & (rest < D)[None, :], other=0.0)
+    z = _normal(z, scale, tl.load(w + rest, mask=rest < D, other=0.0), NORM, OFFSET)
+    return a2, b2, z, first, second, rest
+
+
+@triton.jit
+def _prepare(
+    q, k, v, cos, sin, positions, q_weight, k_weight, k_cache, v_cache, scales, slots, q_heads,
+    q_stride, q_head, k_stride, k_head, v_stride, v_head, eps, block_size,
+    H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    HALF: tl.constexpr, HALFP: tl.constexpr, RESTP: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    OFFSET: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotation of a token's q in place, and of its k, which goes to the cache with v. Grid (tokens, parts): the first
+    parts take HEADS query heads each, the others HEADS KV heads."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, HALFP)
+    position = tl.load(positions + token)
+    c = tl.load(cos + position * HALF + i, mask=i < HALF, other=0.0)
+    s = tl.load(sin + position * HALF + i, mask=i < HALF, other=0.0)
+    q_parts = tl.cdiv(q_heads, HEADS)
+    if part < q_parts:
+        heads = part * HEADS + tl.arange(0, HEADS)
+        x = q + token * q_stride + heads * q_head
+        a, b, z, first, second, rest = _turned(
+            x, q_weight, heads, q_heads, c, s, eps, D, DP, HALF, HALFP, RESTP, INTERLEAVED, NORM, OFFSET
+        )
+        kind = q.dtype.element_ty
+        inside = (heads < q_heads)[:, None] & (i < HALF)[None, :]
+        tl.debug_barrier()  # the variance was read from what is overwritten now
+        tl.store(x[:, None] + first[None, :], a.to(kind), mask=inside)
+        tl.store(x[:, None] + second[None, :], b.to(kind), mask=inside)
+        if NORM:
+            tl.store(x[:, None] + rest[None, :], z.to(kind), mask=(heads < q_heads)[:, None] & (rest < D)[None, :])
+    else:
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            heads = (part - q_parts) * HEADS + tl.arange(0, HEADS)
+            x = k + token * k_stride + heads * k_head
+            a, b, z, first, second, rest = _turned(
+                x, k_weight, heads, H, c, s, eps, D, DP, HALF, HALFP, RESTP, INTERLEAVED, NORM, OFFSET
+            )
+            ok = heads < H
+            row = (slot // block_size * H + heads) * block_size + slot % block_size
+            scale = tl.zeros_like(heads).to(tl.float32) + 1.0
+            if FP8:
+                size = tl.maximum(tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1)), tl.max(tl.abs(z), 1))
+                scale = tl.where(size > 0, size / 448.0, 1.0)
+                tl.store(scales + row * 2, scale, mask=ok)
+            inside = ok[:, None] & (i < HALF)[None, :]
+            _store_part(a, k_cache, (row * D)[:, None] + first[None, :], inside, scale, FP8)
+            _store_part(b, k_cache, (row * D)[:, None] + second[None, :], inside, scale, FP8)
+            _store_part(z, k_cache, (row * D)[:, None] + rest[None, :], ok[:, None] & (rest < D)[None, :], scale, FP8)
+            dv = tl.arange(0, DVP)
+            value = tl.load(
+                v + token * v_stride + heads[:, None] * v_head + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0.0
+            ).to(tl.float32)
+            write_heads(value, scales, v_cache, row * DV, row * 2 + 1, dv, ok, dv < DV, FP8)
+
+
+@triton.jit
 def chunk_of(first, length, most):
     """Tokens of a chunk of a row that sees [first, length): the shortest that makes about `most` chunks."""
     chunk = tl.zeros_like(length) + _CHUNK
@@ -490,6 +595,28 @@ def write(cache: Cache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -
         k, v, cache.k, cache.v, cache.k if cache.scales is None else cache.scales, slots,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.k.shape[2], heads, dim, v_dim, *padded,
         FP8=cache.scales is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, interleaved: bool, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None,
+    eps: float = 0.0, offset: int = 0,
+) -> None:  # fmt: skip
+    """Norm (where there are weights) and rotation of q [T, Hq, D] in place, and of k on its way into the cache; v goes there
+    too."""
+    tokens, q_heads, dim = q.shape
+    heads, v_dim, half = k.shape[1], v.shape[2], cos.shape[1]
+    if not tokens:
+        return
+    part = 8
+    padded = {name: triton.next_power_of_2(n) for name, n in (("DP", dim), ("DVP", v_dim), ("HALFP", half))}
+    _prepare[(tokens, triton.cdiv(q_heads, part) + triton.cdiv(heads, part))](
+        q, k, v, cos, sin, positions, q if q_weight is None else q_weight, q if k_weight is None else k_weight,
+        cache.k, cache.v, cache.k if cache.scales is None else cache.scales, slots, q_heads,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), eps, cache.k.shape[2],
+        H=heads, HEADS=part, D=dim, DV=v_dim, HALF=half, RESTP=triton.next_power_of_2(max(1, dim - 2 * half)), **padded,
+        INTERLEAVED=interleaved, NORM=q_weight is not None, OFFSET=offset, FP8=cache.scales is not None, num_warps=4,
     )  # fmt: skip
 
 
