@@ -123,6 +123,7 @@ def parse() -> argparse.Namespace:
         "--busy", action=argparse.BooleanOptionalAction, default=True, help="GPU busy in steady decode, batch 256"
     )
     parser.add_argument("--peers", default="generate,continuous", help="transformers at 1b, or none")
+    parser.add_argument("--kernels", type=int, default=0, help="print this many of the longest kernels of every decode step")
     parser.add_argument(
         "--plugins", default="{}", help='JSON: sections of the engine\'s plugins, as \'{"cuda": {"graphs": false}}\''
     )
@@ -254,6 +255,8 @@ def model_lines(name: str, copy: float, rate: float, arguments: argparse.Namespa
                     "of_floor": floor / taken,
                     "tokens/s": speed,
                 }
+                if arguments.kernels:
+                    print(kernel_table(traced(opened, batch, context, shape.vocab), arguments.kernels), flush=True)
         if arguments.prefill:
             yield prefill(opened, name, rate)
         if arguments.busy:
