@@ -7,7 +7,6 @@ template takes.
 """
 
 import argparse
-import json
 import math
 
 from kernel_core import LLM
@@ -35,10 +34,9 @@ TOOLS = [tool("math.sqrt", "The square root of x", "x"), tool("math.pow", "x to 
 def run(call: dict) -> str:
     """What the function gives, or what went wrong: the model has to know either."""
     try:
-        arguments = json.loads(call["function"]["arguments"])
-        return str(FUNCTIONS[call["function"]["name"]](**arguments))
+        return str(FUNCTIONS[call["name"]](**call["arguments"]))
     except (ValueError, TypeError, KeyError) as error:
-        return f"error: {error}"
+        return f"error: {error!r}"
 
 
 def main() -> None:
@@ -53,7 +51,7 @@ def main() -> None:
         print(f"written: {output.outputs[0].text}")
         messages.append(answer)
         for call in answer.get("tool_calls", ()):
-            result = run(call)
+            result = run(call["function"])
             print(f"call {call['id']}: {call['function']['name']}({call['function']['arguments']}) = {result}")
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
         (output,) = llm.chat(messages, tools=TOOLS, temperature=0, max_tokens=128)

@@ -73,6 +73,13 @@ def begin(
     return None
 
 
+def templated(
+    turn: service.ToolTurn | None, messages: Sequence[Mapping[str, Any]]
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    """The messages and tools that go to the chat template."""
+    return (messages, None) if turn is None else (turn.template_messages, turn.template_tools)
+
+
 class Split:
     """The pieces of one choice: content, reasoning and calls, as text comes."""
 

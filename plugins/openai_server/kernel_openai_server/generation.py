@@ -68,7 +68,7 @@ async def chat_completion(api: Api, body: ChatRequest) -> Response:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.model_dump()
     turn = chat.begin(api.tools, messages, tools, choice, body.parallel_tool_calls, template_args)
-    shown = turn.template_tools if turn is not None else None
+    messages, shown = chat.templated(turn, messages)
     prompt = await api.renderer.chat(messages, body, template_args, shown, body.truncate_prompt_tokens)
     given = ("the request", {**api.models.sampling(body), **chat.parameters(body)})
     formatted = ("response_format", format_fields(api.grammar, body.response_format))

@@ -116,4 +116,5 @@ async def _tokens(api: Api, body: TokenizeRequest) -> list[int]:
     messages, args = template_messages(body.messages or ()), dict(body.chat_template_kwargs or {})
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     turn = chat.begin(api.tools, messages, tools, None, True, args)
-    return await api.renderer.chat_ids(messages, body, args, None if turn is None else turn.template_tools)
+    messages, shown = chat.templated(turn, messages)
+    return await api.renderer.chat_ids(messages, body, args, shown)

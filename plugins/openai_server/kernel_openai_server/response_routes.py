@@ -108,7 +108,8 @@ async def prepare(api: Api, body: ResponseRequest) -> tuple[Stored, Job]:
         args["reasoning_effort"] = body.reasoning.effort
     tools = [{"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})} for tool in body.tools or ()]
     turn = chat.begin(api.tools, messages, tools, _choice(body), body.parallel_tool_calls, args)
-    prompt = await api.renderer.chat(messages, Templated(), args, None if turn is None else turn.template_tools)
+    messages, shown = chat.templated(turn, messages)
+    prompt = await api.renderer.chat(messages, Templated(), args, shown)
     logprobs = body.top_logprobs if body.top_logprobs is not None else 0 if LOGPROBS in (body.include or ()) else None
     own = {"max_tokens": body.max_output_tokens} | ({} if logprobs is None else {"logprobs": logprobs})
     formatted = format_fields(api.grammar, _format(body))

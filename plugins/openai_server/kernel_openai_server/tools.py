@@ -37,7 +37,11 @@ class AnswerParser(Protocol):
 
 
 class ToolTurn(Protocol):
-    """One request. `template_tools` goes to the chat template as `tools` (None: nothing); `fields` are sampling fields to add."""
+    """One request. `template_messages` and `template_tools` (None: nothing) go to the chat template as `messages` and `tools`;
+    `fields` are sampling fields to add."""
+
+    @property
+    def template_messages(self) -> Sequence[Mapping[str, Any]]: ...
 
     @property
     def template_tools(self) -> Sequence[Mapping[str, Any]] | None: ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 Schema = Mapping[str, Any]
+Message = Mapping[str, Any]
 ReasoningTags = tuple[str, str]
 
 
@@ -47,6 +48,10 @@ class ToolFormat(Protocol):
 
     def recognises(self, template: str) -> bool:
         """This chat template (Jinja text) writes calls so. Rate: build."""
+        ...
+
+    def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """A conversation as the chat templates of such models take it. Arguments of calls come as objects. Rate: request."""
         ...
 
     def parser(self, tools: Mapping[str, Schema]) -> AnswerParser:

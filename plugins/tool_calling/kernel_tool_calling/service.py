@@ -11,7 +11,7 @@ from typing import Any
 from kernel_core.api import BuildContext, RequestError, TextCodec
 from kernel_tool_calling.answer import Machine
 from kernel_tool_calling.checks import check_results, chosen_tools, tool_schemas
-from kernel_tool_calling.contract import AnswerParser, Delta, Grammar, ReasoningTags, Schema, ToolFormat
+from kernel_tool_calling.contract import AnswerParser, Delta, Grammar, Message, ReasoningTags, Schema, ToolFormat
 from kernel_tool_calling.detection import chat_template, choose_format, choose_reasoning
 from kernel_tool_calling.formats import FORMATS, JSON_LIST
 from kernel_tool_calling.reasoning import TAGS, Split
@@ -66,19 +66,20 @@ class Tools:
         check_results(messages)
         schemas = tool_schemas(tools)
         forced = chosen_tools(tool_choice, schemas)
+        if self.form is not None:
+            messages = self.form.messages(messages)
         if not schemas or tool_choice == "none":
-            return self._turn({}, None, parallel)
+            return self._marked(Turn(self, messages, {}, None, parallel))
         if forced is None:
-            return self._turn(schemas, self._form(), parallel, template_tools=list(tools))
+            return self._marked(Turn(self, messages, schemas, self._form(), parallel, template_tools=tools))
         fields = self._forcing(forced, tool_choice, parallel)
-        return self._turn(schemas, JSON_LIST, parallel, forced=True, fields=fields, template_tools=list(tools))
+        return Turn(self, messages, schemas, JSON_LIST, parallel, forced=True, fields=fields, template_tools=tools)
 
-    def _turn(self, schemas: Mapping[str, Schema], form: ToolFormat | None, parallel: bool, **more: Any) -> Turn:
+    def _marked(self, turn: Turn) -> Turn:
         """Marks that are special tokens must be in the text."""
-        turn = Turn(self, schemas, form, parallel, **more)
-        marks = [*(form.markers if form else ()), *(() if turn.forced else self.tags or ())]
+        marks = [*(turn.form.markers if turn.form is not None else ()), *(self.tags or ())]
         if any(self.is_special(mark) for mark in marks):
-            turn.fields = {**turn.fields, "skip_special_tokens": False}
+            turn.fields = {"skip_special_tokens": False}
         return turn
 
     def _form(self) -> ToolFormat:
@@ -134,9 +135,10 @@ def calls_schema(tools: Mapping[str, Schema], several: bool) -> dict[str, Any]:
 
 @dataclass
 class Turn:
-    """One request. `template_tools` goes to the chat template; `fields` are sampling fields to add."""
+    """One request. `template_messages` and `template_tools` go to the chat template; `fields` are sampling fields to add."""
 
     service: Tools
+    template_messages: Sequence[Message]
     schemas: Mapping[str, Schema]
     form: ToolFormat | None
     parallel: bool

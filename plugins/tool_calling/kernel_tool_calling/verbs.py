@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ def make_verbs(context: BuildContext) -> Mapping[str, Verb]:
         call: Any, output: RequestOutput, tools: Sequence[Mapping[str, Any]] = (), index: int = 0, parallel: bool = True
     ) -> dict[str, Any]:
         """One completion of a chat as the assistant's message: role, content, and where there are any reasoning_content and
-        tool_calls, whose arguments are JSON text. Append it to the messages, then one {"role": "tool", "tool_call_id": ...,
-        "content": ...} for each call. Raises RequestError for tools that are no functions."""
+        tool_calls. Their arguments are objects, or the text itself where it is none, as chat templates take them. Append the
+        message, then one {"role": "tool", "tool_call_id": ..., "content": ...} for each call. Raises RequestError for tools
+        that are no functions."""
         service = tools_of[0] if tools_of else make_tools(context)
         tools_of[:] = [service]
         turn = service.begin((), tools, "auto" if tools else "none", parallel, {})
@@ -27,9 +29,19 @@ def make_verbs(context: BuildContext) -> Mapping[str, Verb]:
         ids = [token for token in one.token_ids if token not in service.codec.eos_ids]
         text = service.codec.decode(ids, skip_special_tokens=False) if raw else one.text
         parser = turn.parser(output.prompt_token_ids)
-        return message(parser.push(text, one.token_ids) + parser.finish())
+        found = message(parser.push(text, one.token_ids) + parser.finish())
+        for called in found.get("tool_calls", ()):
+            called["function"]["arguments"] = _object(called["function"]["arguments"])
+        return dict(service.form.messages([found])[0]) if service.form is not None else found
 
     return {"read_answer": read_answer}
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # cut, or broken by the model
+        return text
 
 
 def message(deltas: Sequence[Delta]) -> dict[str, Any]:

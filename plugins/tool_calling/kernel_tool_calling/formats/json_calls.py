@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from kernel_tool_calling.answer import Answer
+from kernel_tool_calling.contract import Message
 from kernel_tool_calling.formats.shapes import LeadingFormat, MarkedFormat, Tools
 from kernel_tool_calling.json_text import arguments, call_object, call_objects
 from kernel_tool_calling.source import MalformedError, Reading, Source
@@ -56,6 +58,21 @@ def _consumed(source: Source, allowed: re.Pattern[str]) -> Reading[str]:
     return word
 
 
+def short_ids(messages: Sequence[Message]) -> Sequence[Message]:
+    """Ids have nine characters: of a longer one its last nine."""
+
+    def short(call: Message) -> Message:
+        return {**call, "id": str(call["id"])[-9:]} if "id" in call else call
+
+    made: list[Message] = []
+    for message in messages:
+        calls = [short(call) for call in message.get("tool_calls") or ()]
+        answered = message.get("tool_call_id")
+        changed = ({"tool_calls": calls} if calls else {}) | ({"tool_call_id": answered[-9:]} if answered else {})
+        made.append({**message, **changed})
+    return made
+
+
 def llama3_json(source: Source, answer: Answer, tools: Tools, marker: str) -> Reading[None]:
     """{"name": "f", "parameters": {...}}; more after ";". Nothing marks a call, so it must name a tool that was given."""
     yield from call_object(source, answer, tools)
@@ -74,6 +91,6 @@ def json_list(source: Source, answer: Answer, tools: Tools, marker: str) -> Read
 
 
 HERMES = MarkedFormat(("<tool_call>",), hermes, ("<tool_call>",), unlike=("<arg_key>", "<function="))
-MISTRAL = MarkedFormat(("[TOOL_CALLS]",), mistral, ("[TOOL_CALLS]",))
-LLAMA3_JSON = LeadingFormat(("<|python_tag|>",), llama3_json, ("<|python_tag|>", '"parameters": dictionary of argument name'))
+MISTRAL = MarkedFormat(("[TOOL_CALLS]",), mistral, ("[TOOL_CALLS]",), messages=short_ids)
+LLAMA3_JSON = LeadingFormat(("<|python_tag|>",), llama3_json, ("<|python_tag|>", "dictionary of argument name and its value"))
 JSON_LIST = LeadingFormat((), json_list, ())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kernel_tool_calling.answer import Answer, Call
+from kernel_tool_calling.contract import Message
 from kernel_tool_calling.formats.shapes import MarkedFormat, Tools
 from kernel_tool_calling.json_text import arguments
 from kernel_tool_calling.source import MalformedError, Reading, Source
@@ -56,6 +58,17 @@ def deepseek_header(source: Source, call: Call) -> Reading[None]:
         yield from source.space()
 
 
+def text_arguments(messages: Sequence[Message]) -> Sequence[Message]:
+    """Arguments as JSON text, which these templates put together with other text."""
+
+    def text(call: Message) -> Message:
+        given = call["function"].get("arguments")
+        written = given if isinstance(given, str) else json.dumps(given or {}, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": written}}
+
+    return [{**m, "tool_calls": [text(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+
+
 def kimi_header(source: Source, call: Call) -> Reading[None]:
     """functions.name:number, which is also the id of the call."""
     call.id = (yield from source.before("<|tool_call_argument_begin|>")).strip()
@@ -68,5 +81,5 @@ def kimi_header(source: Source, call: Call) -> Reading[None]:
 
 _DEEPSEEK = Section("<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", deepseek_header, "```")
 _KIMI = Section("<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>", kimi_header)
-DEEPSEEK_V3 = MarkedFormat(("<｜tool▁calls▁begin｜>",), _DEEPSEEK.read, ("<｜tool▁calls▁begin｜>",))
+DEEPSEEK_V3 = MarkedFormat(("<｜tool▁calls▁begin｜>",), _DEEPSEEK.read, ("<｜tool▁calls▁begin｜>",), messages=text_arguments)
 KIMI_K2 = MarkedFormat(("<|tool_calls_section_begin|>",), _KIMI.read, ("<|tool_calls_section_begin|>",))

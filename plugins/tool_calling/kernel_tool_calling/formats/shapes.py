@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernel_tool_calling.answer import Answer, Machine
-from kernel_tool_calling.contract import AnswerParser, Schema
+from kernel_tool_calling.contract import AnswerParser, Message, Schema
 from kernel_tool_calling.source import MalformedError, Reading, Source
 
 Tools = Mapping[str, Schema]
+Rewrite = Callable[[Sequence[Message]], Sequence[Message]]
 Body = Callable[[Source, Answer, Tools, str], Reading[None]]
+
+
+def unchanged(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class MarkedFormat:
     body: Body
     shown: Sequence[str]
     unlike: Sequence[str] = ()
+    messages: Rewrite = unchanged
 
     def recognises(self, template: str) -> bool:
         return all(text in template for text in self.shown) and not any(text in template for text in self.unlike)
@@ -48,6 +54,7 @@ class LeadingFormat:
     body: Body
     shown: Sequence[str]
     markers: Sequence[str] = ()
+    messages: Rewrite = unchanged
 
     def recognises(self, template: str) -> bool:
         return any(text in template for text in self.shown)

@@ -1,0 +1,104 @@
+"""Tools over HTTP with the unmodified `openai` client: the embedded model calls, gets the result, and answers from it."""
+
+import json
+
+import openai
+import pytest
+
+MODEL = "tiny-chat"
+ASKED = [{"role": "user", "content": "Call math.sqrt with 16"}]
+CALL = ("math.sqrt", {"x": 16})
+
+
+def tool(name, *parameters):
+    schema = {"type": "object", "properties": {key: {"type": "number"} for key in parameters}, "required": list(parameters)}
+    return {"type": "function", "function": {"name": name, "description": "a function", "parameters": schema}}
+
+
+TOOLS = [tool("math.sqrt", "x"), tool("math.pow", "x", "y")]
+
+
+@pytest.fixture(scope="module")
+def client(start_server):
+    server = start_server("--set", "plugins.tool_calling={}")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client, messages=ASKED, **more):
+    return client.chat.completions.create(model=MODEL, messages=messages, **{"tools": TOOLS, "temperature": 0, **more})
+
+
+def called(message):
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
+
+
+def test_a_call_its_result_and_the_answer(client):
+    choice = ask(client).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert called(choice.message) == [CALL]
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and len(call.id) == 9
+    messages = [*ASKED, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4.0"}]
+    choice = ask(client, messages).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("stop", "The result is 4.0.")
+    assert choice.message.tool_calls is None
+
+
+def test_a_streamed_call_joins_to_the_whole_one(client):
+    chunks = [chunk.choices[0] for chunk in ask(client, stream=True)]
+    pieces = [piece for choice in chunks for piece in choice.delta.tool_calls or ()]
+    assert chunks[-1].finish_reason == "tool_calls" and not any(choice.delta.content for choice in chunks)
+    assert [piece.function.name for piece in pieces if piece.function.name] == ["math.sqrt"]
+    assert [piece.id for piece in pieces if piece.id] == [pieces[0].id] and {piece.index for piece in pieces} == {0}
+    assert json.loads("".join(piece.function.arguments or "" for piece in pieces)) == {"x": 16}
+    assert len(pieces) > 2  # it came as it was written
+
+
+def test_the_clients_own_streaming_helper(client):
+    with client.chat.completions.stream(model=MODEL, messages=ASKED, tools=TOOLS, temperature=0) as stream:
+        for _ in stream:
+            pass
+        choice = stream.get_final_completion().choices[0]
+    assert called(choice.message) == [CALL]
+
+
+def test_several_choices_and_a_cut_call(client):
+    choices = ask(client, n=2, temperature=0.1, seed=1).choices
+    assert [called(choice.message) for choice in choices] == [[CALL], [CALL]]
+    assert choices[0].message.tool_calls[0].id != choices[1].message.tool_calls[0].id
+    cut = ask(client, max_tokens=4).choices[0]
+    assert cut.finish_reason == "length" and cut.message.tool_calls is None and cut.message.content.startswith("<tool_call>")
+
+
+def test_none_and_no_tools_leave_the_text_as_it_is(client):
+    for more in ({"tool_choice": "none"}, {"tools": openai.omit}):
+        choice = ask(client, **more).choices[0]
+        assert choice.finish_reason == "stop" and choice.message.tool_calls is None
+        assert choice.message.content == '<tool_call>{"name": "math.sqrt", "arguments": {"x": 16}}</tool_call>'
+    answer = ask(client, [{"role": "user", "content": "What does os.path.join do?"}]).choices[0].message
+    assert answer.content.startswith("Join two or more") and answer.tool_calls is None
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"tool_choice": "required"}, "enable guided_decoding"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, r"function of tools \(math.pow, math.sqrt\)"),
+        ({"messages": [*ASKED, {"role": "tool", "tool_call_id": "x", "content": "4"}]}, "no assistant message before it"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "there are two tools named"),
+    ],
+)
+def test_what_is_refused(client, more, sentence):
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        ask(client, **more)
+
+
+def test_responses(client):
+    flat = [{"type": "function", "strict": None, **one["function"]} for one in TOOLS]
+    first = client.responses.create(model=MODEL, input="Call math.sqrt with 16", tools=flat, temperature=0)
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    assert (call.name, json.loads(call.arguments)) == CALL
+    given = [{"type": "function_call_output", "call_id": call.call_id, "output": "4.0"}]
+    second = client.responses.create(model=MODEL, input=given, previous_response_id=first.id, tools=flat, temperature=0)
+    assert second.output_text == "The result is 4.0."
