@@ -194,6 +194,39 @@ def test_the_schema_that_forces_calls():
     assert Draft202012Validator(calls_schema({"now": both["now"]}, False)).is_valid([now])
 
 
+class Recorder:
+    """A provider of grammars that says what it was asked for; the real one is tested over the server."""
+
+    def __init__(self):
+        self.asked = []
+
+    def response_format(self, response_format):
+        self.asked.append(response_format)
+        return {"guided": "this"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "names", "most"),
+    [
+        ("required", True, ["math.sqrt", "now"], None),
+        ("required", False, ["math.sqrt", "now"], 1),
+        ({"type": "function", "function": {"name": "now"}}, True, ["now"], 1),
+    ],
+)
+def test_a_forced_turn(tools, choice, parallel, names, most):
+    grammar = Recorder()
+    forcing = Tools(tools.codec, grammar, FORMATS["hermes"], TAGS["think"])
+    turn = begin(forcing, given=(SQRT, NOW), choice=choice, parallel=parallel)
+    assert turn.fields == {"guided": "this"} and turn.template_tools == (SQRT, NOW)
+    ((asked,),) = [grammar.asked]
+    schema = asked["json_schema"]["schema"]
+    items = schema["items"].get("anyOf", [schema["items"]])
+    assert [one["properties"]["name"]["const"] for one in items] == names and schema.get("maxItems") == most
+    opened = tools.codec.encode("<think>\n", add_special_tokens=False)  # a grammar leaves no room for reasoning
+    found = read(turn.parser(opened), '[{"name": "now", "arguments": {}}]')
+    assert [call["function"]["name"] for call in found["tool_calls"]] == ["now"] and found["content"] == ""
+
+
 # ---- special tokens and reasoning, with a real tokenizer
 
 MARKS = ["[TOOL_CALLS]", "<think>", "</think>"]

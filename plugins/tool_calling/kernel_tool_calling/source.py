@@ -18,14 +18,18 @@ class MalformedError(Exception):
 
 
 @lru_cache(256)
-def _any_of(literals: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, literals)))
+def _any_of(literals: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], int]:
+    """(what finds one of them, their first characters, length of the longest)."""
+    pattern = re.compile("|".join(map(re.escape, literals)))
+    return pattern, frozenset(literal[0] for literal in literals), max(map(len, literals))
 
 
-def _partial(text: str, literals: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of a literal."""
-    longest = min(len(text), max(map(len, literals), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(literal.startswith(text[-n:]) for literal in literals)), 0)
+def _partial(tail: str, literals: tuple[str, ...], firsts: frozenset[str]) -> int:
+    """How many characters at the end of `tail`, which is shorter than the longest literal, may be the beginning of one."""
+    for at, letter in enumerate(tail):
+        if letter in firsts and any(literal.startswith(tail[at:]) for literal in literals):
+            return len(tail) - at
+    return 0
 
 
 class Source:
@@ -128,17 +132,30 @@ class Source:
 
     def until(self, literals: tuple[str, ...], sink: Sink) -> Reading[str]:
         """Gives the text before the first of `literals` to `sink`, as it comes, and consumes that one; "": the text is over."""
+        if not literals:
+            return (yield from self._rest(sink))
+        pattern, firsts, longest = _any_of(literals)
         while True:
-            found = _any_of(literals).search(self.text, self.at) if literals else None
+            found = pattern.search(self.text, self.at)
             end = found.start() if found is not None else len(self.text)
             if found is None and not self.ended:
-                end -= _partial(self.text[self.at :], literals)
+                end -= _partial(self.text[max(self.at, end + 1 - longest) :], literals, firsts)
             if end > self.at:
                 start, self.at = self.at, end
                 sink(self.text[start:end])
             if found is not None:
                 self.at = found.end()
                 return found[0]
+            if self.ended:
+                return ""
+            yield
+
+    def _rest(self, sink: Sink) -> Reading[str]:
+        """All that comes."""
+        while True:
+            if self.at < len(self.text):
+                start, self.at = self.at, len(self.text)
+                sink(self.text[start:])
             if self.ended:
                 return ""
             yield

@@ -89,10 +89,11 @@ def _converted(text: str, types: set[str]) -> str:
     word = text.strip()
     plain = {"True": "true", "False": "false", "None": "null"}.get(word, word)
     try:
-        value = json.loads(plain, parse_constant=lambda name: None)
+        value = json.loads(plain, parse_constant=float)
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return quoted(text)
-    return quoted(text) if types and not types & _types_of(value) else json.dumps(value, ensure_ascii=False)
+    return quoted(text) if types and not types & _types_of(value) else written
 
 
 def _types_of(value: Any) -> set[str]:
