@@ -102,3 +102,45 @@ def test_responses(client):
     given = [{"type": "function_call_output", "call_id": call.call_id, "output": "4.0"}]
     second = client.responses.create(model=MODEL, input=given, previous_response_id=first.id, tools=flat, temperature=0)
     assert second.output_text == "The result is 4.0."
+
+
+# ---- other clients
+
+
+def test_langchain_binds_a_function_and_continues_with_its_result(client):
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_core.tools import StructuredTool
+    from langchain_openai import ChatOpenAI
+
+    def root(x: float) -> float:
+        """The square root of x"""
+        return x**0.5
+
+    function = StructuredTool.from_function(root, name="math.sqrt")
+    model = ChatOpenAI(model=MODEL, base_url=str(client.base_url), api_key="none", temperature=0).bind_tools([function])
+    messages = [HumanMessage("Call math.sqrt with 16")]
+    answer = model.invoke(messages)
+    (call,) = answer.tool_calls
+    assert (call["name"], call["args"]) == CALL
+    streamed = None
+    for chunk in model.stream(messages):
+        streamed = chunk if streamed is None else streamed + chunk
+    assert [(one["name"], one["args"]) for one in streamed.tool_calls] == [CALL]
+    result = function.invoke(call)
+    assert isinstance(result, ToolMessage) and result.content == "4.0"
+    assert model.invoke([*messages, answer, result]).content == "The result is 4.0."
+
+
+@pytest.mark.slow
+def test_litellm_reads_calls_whole_and_streamed(client, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network
+    import litellm
+
+    given = dict(
+        model=f"openai/{MODEL}", messages=ASKED, tools=TOOLS, api_base=str(client.base_url), api_key="none", temperature=0
+    )
+    choice = litellm.completion(**given).choices[0]
+    assert choice.finish_reason == "tool_calls" and called(choice.message) == [CALL]
+    chunks = list(litellm.completion(**given, stream=True))
+    built = litellm.stream_chunk_builder(chunks, messages=ASKED)
+    assert called(built.choices[0].message) == [CALL]
