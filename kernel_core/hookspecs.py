@@ -251,6 +251,3 @@ def watch_steps(context: WorkerContext, models: Mapping[str, Any], probes: list[
     `probes` to measure steps and takes it out again, both between two steps (from a registered call); without one a step
     costs nothing. Called once a rank, when the weights are loaded."""
     raise NotImplementedError
-
-
-DEPRECATED: Mapping[str, str] = {}
