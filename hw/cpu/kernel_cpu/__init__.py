@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 class CpuSection(Section):
     """`[plugins.cpu]`. kernels: "auto" compiles the C++ kernels on first use and says so when it cannot; "compiled" makes
     a missing compiler an error; "torch" never compiles. kv_share: the share of free memory that KV may take when the user
-    set neither `kv_memory` nor `kv_blocks` (host memory is shared with other programs)."""
+    set neither `kv_memory` nor `kv_blocks` (host memory is shared with other programs). replay: decode steps of few requests
+    are recorded once as lists of kernel calls."""
 
     kernels: Literal["auto", "compiled", "torch"] = "auto"
     kv_share: float = 0.25
+    replay: bool = True
 
 
 manifest = Manifest(name="cpu", summary="The CPU device", after=("*",), section=CpuSection)
@@ -34,7 +36,7 @@ def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
     from kernel_cpu.device import CpuDevice
 
     section = context.section
-    return CpuDevice(section.kernels, section.kv_share, context.config.engine.threads)
+    return CpuDevice(section.kernels, section.kv_share, context.config.engine.threads, section.replay)
 
 
 @hookimpl

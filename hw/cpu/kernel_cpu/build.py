@@ -14,8 +14,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("kernel_cpu")
 
@@ -127,16 +129,32 @@ def _cpu_flags() -> bytes:
 
 
 _disabled = threading.Event()
+_recording = threading.local()
 
 
 def disable() -> None:
     """From now on ``library()`` is None, without a word, and the ops run as plain torch. Call it before packing weights."""
     _disabled.set()
-    library.cache_clear()
+    opened.cache_clear()
+
+
+def library() -> Any:
+    """What ops call: the loaded kernels, or what stands in for them in this thread; None where no compiler works."""
+    return getattr(_recording, "stand_in", None) or opened()
+
+
+@contextmanager
+def standing_in(stand_in: Any) -> Iterator[None]:
+    """In this thread ops call the functions of `stand_in` instead of the library's."""
+    _recording.stand_in = stand_in
+    try:
+        yield
+    finally:
+        _recording.stand_in = None
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def opened() -> ctypes.CDLL | None:
     """The loaded kernels, compiled first if need be; None where no compiler works (logged once, with what to install)."""
     if _disabled.is_set():
         return None
@@ -184,4 +202,5 @@ SIGNATURES = {
     "kc_gather": "plpllpl",
     "kc_argmax": "iplpll",
     "kc_draw": "pppplll",
+    "kc_replay": "pl",
 }

@@ -13,6 +13,7 @@ import torch
 from kernel_core.api import Capabilities, PluginError
 from kernel_core.nn.api import MemoryReport, Sampler
 from kernel_cpu import build, pointwise, sampling, threads
+from kernel_cpu.replay import Replay
 
 
 class CpuDevice:
@@ -23,25 +24,31 @@ class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
 
-    def __init__(self, kernels: str, kv_share: float, num_threads: int | None) -> None:
+    def __init__(self, kernels: str, kv_share: float, num_threads: int | None, replay: bool = True) -> None:
         if kernels == "torch":
             build.disable()
         elif build.library() is None and kernels == "compiled":
             raise PluginError(f'[plugins.cpu] kernels = "compiled": {build.MISSING}')
-        self._kv_share = kv_share
+        self._kv_share, self._replays = kv_share, replay and build.library() is not None
         count = num_threads or threads.available_cores()
         threads.set_num_threads(count)
         torch.set_num_threads(count)
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "bfloat16"), block_sizes=(16, 32, 64, 128), same_step_reads=True)
+        return Capabilities(
+            dtypes=("float32", "bfloat16"),
+            block_sizes=(16, 32, 64, 128),
+            same_step_reads=True,
+            graph_mode="decode" if self._replays else "none",
+        )
 
     def memory(self) -> MemoryReport:
         total, free = _host_memory()
         return MemoryReport(total, free, kv_limit=int(free * self._kv_share))
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
-        return {"sampler": partial(Sampler, argmax=pointwise.argmax, draw=sampling.draw)}
+        parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=pointwise.argmax, draw=sampling.draw)}
+        return parts | {"graphs": Replay} if self._replays else parts
 
     def synchronize(self) -> None:
         pass

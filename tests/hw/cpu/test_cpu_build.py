@@ -16,7 +16,7 @@ HOME = Path(build.__file__).parents[1]
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    build.library.cache_clear()
+    build.opened.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "kernel_cpu"):
             x, weight = torch.randn(2, 8), torch.randn(3, 8)
@@ -25,7 +25,7 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, caplog, t
         assert len(caplog.records) == 1
         assert "apt install g++" in caplog.text
     finally:
-        build.library.cache_clear()
+        build.opened.cache_clear()
 
 
 def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path):
@@ -34,12 +34,12 @@ def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path)
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.library.cache_clear()
+    build.opened.cache_clear()
     try:
         assert build.library() is None
         assert "no such luck" in caplog.text
     finally:
-        build.library.cache_clear()
+        build.opened.cache_clear()
 
 
 def test_disabled_kernels_run_as_torch_silently(caplog):
@@ -50,7 +50,7 @@ def test_disabled_kernels_run_as_torch_silently(caplog):
         assert not caplog.records
     finally:
         build._disabled.clear()
-        build.library.cache_clear()
+        build.opened.cache_clear()
 
 
 BUILD = """

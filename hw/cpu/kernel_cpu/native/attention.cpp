@@ -10,6 +10,7 @@
 
 #include "kv.h"
 #include "pool.h"
+#include "replay.h"
 #include "tile.h"
 
 using namespace kc;
@@ -482,3 +483,4 @@ KC_API int kc_attention(const void *q, int q_bf16, long q_token, long q_head, co
 #endif
     return run<Bf16Source<NV>, Bf16Source<NV>>(c), 0;
 }
+KC_REPLAYABLE(kc_attention)

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "pool.h"
+#include "replay.h"
 #include "simd.h"
 
 using namespace kc;
@@ -109,6 +110,7 @@ KC_API int kc_kv_write(void *kv, int kv_bf16, long blocks, int block, int heads,
     }
     return 0;
 }
+KC_REPLAYABLE(kc_kv_write)
 
 KC_API int kc_kv_copy(void *kv, int kv_bf16, long blocks, int block, int heads, int d, int dv, const int64_t *src, const int64_t *dst, long n) {
     Geometry g(block, heads, d, dv);

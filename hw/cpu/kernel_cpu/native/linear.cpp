@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "pool.h"
+#include "replay.h"
 #include "tile.h"
 
 using namespace kc;
@@ -240,6 +241,7 @@ KC_API void kc_linear(const void *x, int x_bf16, long ldx, const void *w, int fo
     if (format == kI8) return run<I8Source<NV>>(p);
     run<Bf16Source<NV>>(p);
 }
+KC_REPLAYABLE(kc_linear)
 
 KC_API void kc_pack(const void *w, long ldw, int format, void *out, long n, long k) {
     long pairs = (k + 1) / 2, panels = (n + NR - 1) / NR;
@@ -308,3 +310,4 @@ KC_API int kc_unpack_rows(const void *w, int format, const int64_t *ids, long co
     });
     return 0;
 }
+KC_REPLAYABLE(kc_unpack_rows)

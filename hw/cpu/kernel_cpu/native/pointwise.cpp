@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "pool.h"
+#include "replay.h"
 #include "simd.h"
 
 using namespace kc;
@@ -176,6 +177,7 @@ KC_API void kc_norm(int kind, int is_bf16, const void *x, long ldx, const void *
         }
     });
 }
+KC_REPLAYABLE(kc_norm)
 
 // Rotates the first 2 * half elements of each head of q and of k (k may be null); returns 1 for a position past the table.
 KC_API int kc_rotary(int is_bf16, void *q, long q_token, long q_head, int q_heads, void *k, long k_token, long k_head, int k_heads,
@@ -194,6 +196,7 @@ KC_API int kc_rotary(int is_bf16, void *q, long q_token, long q_head, int q_head
     });
     return 0;
 }
+KC_REPLAYABLE(kc_rotary)
 
 KC_API void kc_gate(int activation, int is_bf16, const void *x, long ldx, void *out, long rows, long width) {
     rows_of(rows, 2 * width, [&](long begin, long end) {
@@ -203,6 +206,7 @@ KC_API void kc_gate(int activation, int is_bf16, const void *x, long ldx, void *
         }
     });
 }
+KC_REPLAYABLE(kc_gate)
 
 // out[i] = table[ids[i]], rows of `bytes` bytes; returns 1 when an id is out of range.
 KC_API int kc_gather(const char *table, long ld, const int64_t *ids, long count, long rows, char *out, long bytes) {
@@ -213,6 +217,7 @@ KC_API int kc_gather(const char *table, long ld, const int64_t *ids, long count,
     });
     return 0;
 }
+KC_REPLAYABLE(kc_gather)
 
 KC_API void kc_argmax(int is_bf16, const void *x, long ldx, int64_t *out, long rows, long width) {
     rows_of(rows, width, [&](long begin, long end) {
