@@ -184,7 +184,7 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
             f"that fits, or set plugins.{connector[0]} = false"
         )
     return EngineParts(
-        policy=next(iter(engine.call("make_policy", context)), None),
+        policies=tuple(engine.call("make_policy", context)),
         resources=tuple(made for _, made in engine.call("make_resource", context)),
         observers=tuple(made for _, made in engine.call("make_observer")),
         prefix_index=index,

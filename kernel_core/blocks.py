@@ -136,6 +136,11 @@ class BlockPool:
         if self.evicted is not None:
             self.evicted(self.group, ids, keys)
 
+    def give_up(self) -> None:
+        """Evict all idle blocks, least recently used first."""
+        if self.idle:
+            self._evict(self.idle)
+
     def forget(self, ids: np.ndarray) -> None:
         """The index keeps these blocks no longer."""
         self.kept[ids] = False

@@ -8,6 +8,7 @@ while engine.has_unfinished_requests():
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from kernel_core.intake import Accepted, Intake, Prompt
 from kernel_core.loop import OverlappedLoop, PlainLoop
 from kernel_core.outputs import Outputs, Tracked
 from kernel_core.plan import Allocation, WorkerReport
+from kernel_core.policy import combined
 from kernel_core.protocols import Call, Connector, Executor, Observer, Policy, PrefixIndex, Resource, TextCodec, Verb
 from kernel_core.request import Request, RequestOutput, SamplingParams, Updates
 from kernel_core.scheduler import Scheduler
 
+logger = logging.getLogger("kernel_core")
 REST_STEPS = 1000  # steps that an engine without requests may still take before it is called stuck
 
 
@@ -31,7 +34,7 @@ REST_STEPS = 1000  # steps that an engine without requests may still take before
 class EngineParts:
     """What plugins made for the engine part."""
 
-    policy: tuple[str, Policy] | None = None  # with the plugin's name
+    policies: tuple[tuple[str, Policy], ...] = ()  # with the plugins' names
     resources: tuple[Resource, ...] = ()
     observers: tuple[Observer, ...] = ()
     prefix_index: PrefixIndex | None = None
@@ -61,7 +64,7 @@ class EngineCore:
         emit: Callable[[Updates], None],
         parts: Callable[[WorkerReport, Allocation], EngineParts] = lambda report, allocation: EngineParts(),
     ) -> None:
-        self.config, self.executor = config, executor
+        self.config, self.executor, self._closed = config, executor, False
         try:
             self._start(emit, parts)
         except BaseException:
@@ -75,12 +78,11 @@ class EngineCore:
         self.allocation = sizes.settle(config, self.report, depth)
         executor.allocate(self.allocation)
         made = parts(self.report, self.allocation)
-        self.has_policy, self.calls = made.policy is not None, made.calls
-        name, policy = made.policy or (None, None)
+        self.has_policy, self.calls = bool(made.policies), made.calls
         self.scheduler = Scheduler(
             *(config, self.report.groups, self.allocation, self.report.capabilities),
-            *(policy, made.resources, depth),
-            policy_plugin=name,
+            *(combined(made.policies), made.resources, depth),
+            policy_plugin=made.policies[0][0] if made.policies else None,
             prefix_index=made.prefix_index,
             connector=made.connector,
         )
@@ -107,7 +109,18 @@ class EngineCore:
         return self.executor.call(method, payload)
 
     def close(self) -> None:
-        self.executor.close()
+        """Let a connector store what it keeps for later engines, then stop the workers; idempotent."""
+        closed, self._closed = self._closed, True
+        try:
+            if not closed and self.scheduler.has_connector and self.loop.outlet.dead is None:
+                self.loop.drain()
+                self.scheduler.closing()
+                while self.scheduler.plannable():
+                    self.loop.step()
+        except EngineDeadError as error:
+            logger.warning("the engine ended before all KV was stored: %s", error)
+        finally:
+            self.executor.close()
 
 
 def choose_depth(config: EngineConfig, report: WorkerReport) -> int:

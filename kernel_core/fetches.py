@@ -62,6 +62,14 @@ class Fetches:
         loads, self._loads = self._loads, []
         return [*self.connector.saves(), *loads]
 
+    def closing(self) -> list[Job]:
+        """The engine ends: what the pools still keep is offered to a connector that keeps it for later ones."""
+        if not getattr(self.connector, "closing", lambda: False)():
+            return []
+        for group in self.kv.groups:
+            group.pool.give_up()
+        return self.jobs()
+
     def acked(self, ack: Ack, after: int) -> bool:
         """Was it one of the connector's jobs? `after`: the last plan made so far."""
         if ack.plugin != self.connector.name:

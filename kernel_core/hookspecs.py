@@ -123,9 +123,11 @@ def make_service(context: BuildContext, name: str) -> Any:
 
 
 @hookspec
-@home("engine", composes="exclusive")
+@home("engine", composes="chain")
 def make_policy(context: EngineContext) -> Policy:
-    """Replace first-come-first-served: sort key, chunk size, victim."""
+    """Replace first-come-first-served: sort key, chunk size, victim.
+
+    Of several policies the keys compare in resolved order, the smallest chunk counts, and the first names the victim."""
     raise NotImplementedError
 
 

@@ -86,7 +86,7 @@ class Outlet:
 
     def __init__(self, scheduler: Scheduler, emit: Emit, observers: Sequence[Observer]) -> None:
         self._scheduler, self._emit, self._observers = scheduler, emit, list(observers)
-        self._dead: str | None = None
+        self.dead: str | None = None  # why nothing goes on
         self._checked = True
 
     def added(self, request: Request) -> None:
@@ -133,13 +133,13 @@ class Outlet:
                 logger.exception("observer %s failed and is disabled", type(observer).__qualname__)
 
     def __enter__(self) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            self._dead = str(error) or type(error).__name__
-            self._emit(self._scheduler.fail_all(self._dead))
+            self.dead = str(error) or type(error).__name__
+            self._emit(self._scheduler.fail_all(self.dead))
             self._tell_finished()
             if not isinstance(error, EngineDeadError):
-                raise EngineDeadError(f"the engine's loop failed: {self._dead}") from error
+                raise EngineDeadError(f"the engine's loop failed: {self.dead}") from error

@@ -27,6 +27,9 @@ NO_PREFIX_READ = 4  # nor does it take any from there
 #: sentinel in drafts and token arrays
 NO_TOKEN = -1
 
+#: more drafts in a step than any drafter has
+MOST_DRAFTS = 1 << 16
+
 #: how `StepResult.logprobs` values are computed
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
@@ -40,7 +43,8 @@ class SamplingRow:
     """The kernel's own sampling numbers of one request; what plugins add travels in their payloads.
 
     temperature 0 means greedy. top_k 0, top_p 1 and min_p 0 mean off. `logprobs` is the number of alternatives to report
-    for sampled tokens (-1: none, 0: only the sampled token), `prompt_logprobs` the same for prompt tokens.
+    for sampled tokens (-1: none, 0: only the sampled token), `prompt_logprobs` the same for prompt tokens. `max_drafts`: most
+    drafts in a step.
     """
 
     temperature: float = 1.0
@@ -50,6 +54,7 @@ class SamplingRow:
     logprobs: int = -1
     prompt_logprobs: int = -1
     num_prompt_tokens: int = 0
+    max_drafts: int = MOST_DRAFTS
 
 
 @dataclass(frozen=True, slots=True)

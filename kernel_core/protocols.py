@@ -30,6 +30,7 @@ class RequestView:
     cached: int
     payload: bytes | None
     expected_hit: int = 0  # tokens that a prefix index would spare it now; only for policies with `reads_hits`, else 0
+    payloads: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)  # of all plugins
 
 
 @runtime_checkable
@@ -201,6 +202,9 @@ class Connector(Protocol):
     def done(self, ack: Ack) -> None:
         """One of its jobs was acknowledged. Rate: job."""
         ...
+
+    # May also have `closing() -> bool`, rate once: the engine ends, and nothing runs any more. True: `evicted` then names all
+    # blocks that the pools still keep, and the jobs that `saves` returns after it are done before the workers are closed.
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kernel_core.errors import RequestError
-from kernel_core.plan import Job, Logprobs, SamplingRow, Span
+from kernel_core.plan import MOST_DRAFTS, Job, Logprobs, SamplingRow, Span
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy
 MIN_TEMPERATURE = 0.01  # smaller ones that are not greedy are raised to it
@@ -32,7 +32,8 @@ class SamplingParams:
     top_k 0 or -1, top_p 1 and min_p 0 are off; temperature 0 is greedy. `max_tokens` None means up to the model's limit.
     `stop` strings are matched on text, `stop_token_ids` on ids; `ignore_eos` keeps going past the model's end tokens.
     `seed` is the 64-bit key of the random draws (None: drawn at arrival). `logprobs`/`prompt_logprobs`: number of
-    alternatives, -1 the whole vocabulary. `priority`: lower is sooner (needs a policy that reads it).
+    alternatives, -1 the whole vocabulary. `priority`: lower is sooner (needs a policy that reads it). `max_drafts`: most
+    drafts in a step, 0 none, None as many as the drafter has; it never changes a token, so it is no error without a drafter.
     """
 
     n: int = 1
@@ -51,6 +52,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = 0
+    max_drafts: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -103,6 +105,7 @@ class SamplingParams:
             (self.logprobs is None or self.logprobs >= -1, "logprobs must be -1 or more"),
             (self.prompt_logprobs is None or self.prompt_logprobs >= -1, "prompt_logprobs must be -1 or more"),
             (self.seed is None or 0 <= self.seed < 2**64, "seed must be in [0, 2**64)"),
+            (self.max_drafts is None or self.max_drafts >= 0, "max_drafts must be 0 (no drafts) or more"),
         )
         for passed, message in checks:
             if not passed:
@@ -112,9 +115,11 @@ class SamplingParams:
     def row(self, num_prompt_tokens: int, vocab_size: int) -> SamplingRow:
         """The numbers a worker needs; greedy rows have every filter off."""
         logprobs, prompt_logprobs = (_width(k, vocab_size) for k in (self.logprobs, self.prompt_logprobs))
+        drafts = MOST_DRAFTS if self.max_drafts is None else min(self.max_drafts, MOST_DRAFTS)
+        rest = (logprobs, prompt_logprobs, num_prompt_tokens, drafts)
         if self.greedy:
-            return SamplingRow(0.0, 0, 1.0, 0.0, logprobs, prompt_logprobs, num_prompt_tokens)
-        return SamplingRow(self.temperature, self.top_k, self.top_p, self.min_p, logprobs, prompt_logprobs, num_prompt_tokens)
+            return SamplingRow(0.0, 0, 1.0, 0.0, *rest)
+        return SamplingRow(self.temperature, self.top_k, self.top_p, self.min_p, *rest)
 
 
 def _all_are(kind: type, values: Any) -> bool:

@@ -214,7 +214,7 @@ class Scheduler:
             known, committed, planned = (int(a[slot]) for a in (slots.known_done, slots.computed_done, slots.computed))
         payload = request.payloads.get(self._policy_plugin) if self._policy_plugin else None
         counts = (entry.num_prompt, known, committed, planned, entry.cached or 0)
-        return RequestView(request.id, entry.arrival, request.priority, *counts, payload)
+        return RequestView(request.id, entry.arrival, request.priority, *counts, payload, payloads=request.payloads)
 
     def _view_with_hit(self, entry: Entry) -> RequestView:
         return replace(self.view(entry), expected_hit=self.prefixes.expected(entry))
@@ -334,6 +334,17 @@ class Scheduler:
         slots.free(self._closing)
         self._closing, self._jobs = [], []
         return plan
+
+    def closing(self) -> None:
+        """The engine ends, with nothing in flight: end all requests, and plan the last jobs of the connector."""
+        self.abort(list(self._entries))
+        self.kv.reclaim(self._committed)
+        if self.prefixes.fetches is not None:
+            self._jobs += self.prefixes.fetches.closing()
+
+    @property
+    def has_connector(self) -> bool:
+        return self.prefixes.fetches is not None
 
     def tend(self) -> None:
         """Work that no plan waits for. The loop calls it while the device runs a step."""

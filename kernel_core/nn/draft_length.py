@@ -69,7 +69,8 @@ class StepCost:
 class DraftLength:
     """Decides the number of drafts per row, for a drafter of up to `width` drafts. Host; every method once per step or request.
 
-    `tree`: drafts branch, so a row gets all or none. `keeps_up`: the drafter has layers that read every token of a row."""
+    `tree`: drafts branch, so a row gets as many as it may or none. `keeps_up`: the drafter has layers that read every token of a
+    row."""
 
     def __init__(self, width: int, max_slots: int, tree: bool = False, keeps_up: bool = False) -> None:
         self.width, self.tree, self.keeps_up = width, tree, keeps_up
@@ -120,21 +121,23 @@ class DraftLength:
     def _cost(self, rows: int) -> StepCost:
         return self.costs.setdefault(max(rows, 1).bit_length(), StepCost())
 
-    def lengths(self, slots: np.ndarray) -> np.ndarray:
-        """Drafts to propose for these slots [n] → int32 [n], 0..width. Call it with the rows that sampled."""
+    def lengths(self, slots: np.ndarray, most: np.ndarray | None = None) -> np.ndarray:
+        """Drafts to propose for these slots [n] → int32 [n], 0..width, and up to `most` [n] where it is given
+        (`DraftView.host_most`). Call it with all rows that sampled."""
         count = len(slots)
-        if not count:
-            return np.zeros(0, np.int32)
+        most = np.full(count, self.width) if most is None else np.minimum(most, self.width)
+        if not most.any():
+            return np.zeros(count, np.int32)
         cost = self._cost(count)
         if cost.drafting < FIRST:
-            return self._some(slots)
+            return self._some(slots, most)
         if cost.plain < FIRST:
             return np.zeros(count, np.int32)
-        chosen, speed = self._best(cost, slots)
+        chosen, speed = self._best(cost, slots, most)
         on = bool(chosen.any())
         self._doze(speed, count / max(cost.line()[0] - cost.idle, 1e-9))
         if cost.probes(on):
-            return np.zeros(count, np.int32) if on else self._some(slots)
+            return np.zeros(count, np.int32) if on else self._some(slots, most)
         return chosen
 
     def _doze(self, awake: float, asleep: float) -> None:
@@ -148,25 +151,26 @@ class DraftLength:
             if self.keeps_up:
                 self._behind |= self._open
 
-    def _some(self, slots: np.ndarray) -> np.ndarray:
+    def _some(self, slots: np.ndarray, most: np.ndarray) -> np.ndarray:
         """Drafts for a few rows, other ones each time."""
         self.turn += PROBE_ROWS
-        lengths, able = np.zeros(len(slots), np.int32), np.flatnonzero(~self._behind[slots])
+        lengths, able = np.zeros(len(slots), np.int32), np.flatnonzero(~self._behind[slots] & (most > 0))
         if able.size:
             chosen = able[(self.turn + np.arange(min(PROBE_ROWS, able.size))) % able.size]
-            lengths[chosen] = self.width if self.tree else -(-self.width // 2)
+            lengths[chosen] = np.minimum(self.width if self.tree else -(-self.width // 2), most[chosen])
         return lengths
 
-    def _best(self, cost: StepCost, slots: np.ndarray) -> tuple[np.ndarray, float]:
+    def _best(self, cost: StepCost, slots: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, float]:
         """Lengths, and the tokens a second that they should give."""
         fixed, each = cost.line()
-        able = ~self._behind[slots]
+        able = ~self._behind[slots] & (most > 0)
         share = np.where(able, self.accepted[slots] / self.drafted[slots], 0.0)
         if self.tree:
-            drafts, plain = self.width * np.count_nonzero(able), len(slots) / fixed
-            speed = (len(slots) + share.sum()) / (fixed + each * drafts)
-            return np.where(able & (speed > plain), self.width, 0).astype(np.int32), max(speed, plain)
-        gain = np.minimum(share, 0.995)[:, None] ** np.arange(1, self.width + 1)  # of each further draft
+            size = np.where(able, most, 0)
+            speed, plain = (len(slots) + share.sum()) / (fixed + each * size.sum()), len(slots) / fixed
+            return (size * (speed > plain)).astype(np.int32), max(speed, plain)
+        place = np.arange(1, self.width + 1)
+        gain = np.minimum(share, 0.995)[:, None] ** place * (place <= most[:, None])  # of each further draft
         taken = np.zeros(gain.shape, bool)
         for _ in range(ROUNDS):
             rate = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())

@@ -74,7 +74,7 @@ class Blocks:
     """Implements `BlockAccess` over the KV of all layers. Raises ConfigError when a backend does not show its blocks."""
 
     def __init__(self, store: KVStore) -> None:
-        self._device = store.device
+        self.device = store.device
         self._tensors = [[t for layer in group.layers for t in store.blocks(layer, group)] for group in store.groups]
         self.bytes_per_block = [sum(t[0].nbytes for t in tensors) for tensors in self._tensors]
         shapes = [[(t.dtype, tuple(t.shape[1:])) for t in tensors] for tensors in self._tensors]
@@ -82,16 +82,15 @@ class Blocks:
         self.layout = repr((shapes, names))
 
     def read(self, group: int, ids: Sequence[int]) -> Tensor:
-        index = torch.tensor(ids, device=self._device)
+        index = torch.tensor(ids, device=self.device)
         parts = [t[index].flatten(1).view(torch.uint8) for t in self._tensors[group]]
         return torch.cat(parts, 1).cpu()
 
     def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
-        index = torch.tensor(ids, device=self._device)
-        parts = data.split([t[0].nbytes for t in self._tensors[group]], 1)
+        index = torch.tensor(ids, device=self.device)
+        parts = data.to(self.device, non_blocking=True).split([t[0].nbytes for t in self._tensors[group]], 1)
         for tensor, part in zip(self._tensors[group], parts, strict=True):
-            values = part.contiguous().view(tensor.dtype).to(self._device)
-            tensor[index] = values.view(len(ids), *tensor.shape[1:])
+            tensor[index] = part.contiguous().view(tensor.dtype).view(len(ids), *tensor.shape[1:])
 
 
 class KVStore:

@@ -124,6 +124,7 @@ class BlockAccess(Protocol):
     """Whole KV blocks of a group, all its layers together, as bytes. For a connector's worker part, in the worker's thread,
     between two steps. A block may be written while nothing but its job knows it."""
 
+    device: torch.device  # where the blocks are
     bytes_per_block: Sequence[int]  # per group
     layout: str  # what these bytes mean: equal between two workers that understand each other's
 
@@ -132,7 +133,7 @@ class BlockAccess(Protocol):
         ...
 
     def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
-        """uint8 [n, bytes_per_block] on the host, as `read` gave it."""
+        """uint8 [n, bytes_per_block] on the host, as `read` gave it. From pinned memory the host does not wait for the copy."""
         ...
 
 
@@ -395,6 +396,7 @@ class DraftView:
     path: Tensor  # [R, 1 + m] int64
     host_slots: np.ndarray  # [R] the rows' slots on the host
     host_sampled: np.ndarray  # [R] bool: which rows sampled
+    host_most: np.ndarray  # [R] most drafts that the row's request wants; 0 also where nothing was sampled
     passes: DraftPasses | None = None  # for drafters with layers of their own
 
 

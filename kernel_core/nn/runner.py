@@ -269,17 +269,20 @@ class Runner:
         rows, accepted = step.view.rows, verified.accepted
         known = self.slots.known[rows]
         path = _states_of_path(step, verified)
+        most, slots = torch.clamp(self.slots.max_drafts[rows], max=self.slots.draft_width), np.asarray(step.plan.rows, np.int64)
+        sampled = np.asarray(step.plan.room) > 0
         return DraftView(
             step.view,
             accepted.int(),
             last_token=self.slots.tokens[rows, known.long() - 1].long(),
             hidden=hidden,
             taps=taps,
-            wanted=((self.slots.max_len - known - 1).clamp(0, self.slots.draft_width) * (step.room > 0)).int(),
+            wanted=(torch.minimum((self.slots.max_len - known - 1).clamp(min=0), most) * (step.room > 0)).int(),
             known=known,
             path=path,
-            host_slots=np.asarray(step.plan.rows, np.int64),
-            host_sampled=np.asarray(step.plan.room) > 0,
+            host_slots=slots,
+            host_sampled=sampled,
+            host_most=np.where(sampled, self.slots.host["max_drafts"][slots], 0),
             passes=self.draft_layers.passes(step, accepted, path),
         )
 

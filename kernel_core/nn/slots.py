@@ -17,14 +17,14 @@ from kernel_core.nn.transfer import upload, upload_columns
 from kernel_core.plan import NO_TOKEN, BlockUpdate, Opened
 
 FLOATS = ("temperature", "top_p", "min_p")
-SAMPLING = (*FLOATS, "top_k", "logprobs", "prompt_logprobs", "num_prompt_tokens")
+SAMPLING = (*FLOATS, "top_k", "logprobs", "prompt_logprobs", "num_prompt_tokens", "max_drafts")
 
 
 class SlotTable:
     """`tokens` [S, L + 1] int32 (the last column takes what is not kept), `known`, `computed`, `num_prompt` [S] int32,
     `key` [S, 2] int32, `drafts` [S, m] int64 (-1 absent), `parents` [S, m] int32, `temperature`, `top_p`, `min_p` [S]
-    float32, `top_k` [S] int32, all on the device; `host[name]` [S] numpy copies of what a request asked for. The last of the S
-    slots is nobody's: rows that only fill a step up to a size name it."""
+    float32, `top_k`, `max_drafts` [S] int32, all on the device; `host[name]` [S] numpy copies of what a request asked for. The
+    last of the S slots is nobody's: rows that only fill a step up to a size name it."""
 
     def __init__(self, max_slots: int, max_len: int, draft_width: int, device: torch.device) -> None:
         self.device, self.max_len, self.draft_width = device, max_len, draft_width
@@ -32,7 +32,7 @@ class SlotTable:
         max_slots += 1
         zeros = lambda *shape, dtype=torch.int32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
         self.tokens = zeros(max_slots, max_len + 1)
-        self.known, self.computed, self.num_prompt, self.top_k = (zeros(max_slots) for _ in range(4))
+        self.known, self.computed, self.num_prompt, self.top_k, self.max_drafts = (zeros(max_slots) for _ in range(5))
         self.key = zeros(max_slots, 2)
         self.temperature, self.top_p, self.min_p = (zeros(max_slots, dtype=torch.float32) for _ in FLOATS)
         self.drafts = torch.full((max_slots, draft_width), NO_TOKEN, dtype=torch.int64, device=device)
@@ -56,6 +56,7 @@ class SlotTable:
             "computed": [item.computed for item in opened],
             "num_prompt": self.host["num_prompt_tokens"][slots],
             "top_k": self.host["top_k"][slots],
+            "max_drafts": self.host["max_drafts"][slots],
             "low": [low for low, _ in keys],
             "high": [high for _, high in keys],
         }

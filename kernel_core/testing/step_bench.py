@@ -12,6 +12,7 @@ from kernel_core.config import EngineConfig
 from kernel_core.engine import EngineParts
 from kernel_core.loop import PlainLoop
 from kernel_core.plan import Allocation, KVGroup, SamplingRow, WorkerReport
+from kernel_core.policy import combined
 from kernel_core.protocols import Observer, Policy, Resource
 from kernel_core.request import Request, Updates
 from kernel_core.scheduler import Scheduler
@@ -79,8 +80,12 @@ def run(
     executor = NullExecutor(groups, max_model_len=length)
     report = executor.start()
     executor.allocate(allocation)
-    made = parts(report, allocation) if parts else EngineParts(policy and ("bench", policy), tuple(resources), tuple(observers))
-    policy = made.policy[1] if made.policy else None
+    made = (
+        parts(report, allocation)
+        if parts
+        else EngineParts((("bench", policy),) if policy else (), tuple(resources), tuple(observers))
+    )
+    policy = combined(made.policies)
     scheduler = Scheduler(
         *(config, tuple(groups), allocation, report.capabilities, policy, made.resources), prefix_index=made.prefix_index
     )

@@ -4,11 +4,12 @@ import numpy as np
 
 from kernel_core.config import EngineConfig
 from kernel_core.plan import Allocation, Capabilities, KVGroup, SamplingRow
-from kernel_core.policy import FirstComeFirstServed
+from kernel_core.policy import FirstComeFirstServed, combined
 from kernel_core.protocols import Policy, RequestView
 from kernel_core.request import Request
 from kernel_core.scheduler import Scheduler
 from kernel_core.testing.null import NullExecutor
+from kernel_core.waiting import Entry
 
 GROUPS = (KVGroup("full", 4, 1, ("f",)),)
 
@@ -115,3 +116,33 @@ def test_a_policy_that_always_throws_out_the_oldest_cannot_stop_progress():
     drive(scheduler, executor)
     assert scheduler.preemptions > 0 and scheduler.finished[0][0] == "a"
     assert sorted(f[0] for f in scheduler.finished) == list("abcd")
+
+
+class Loud(FirstComeFirstServed):
+    """By its payload; the earliest is preempted."""
+
+    def key(self, request):
+        return (request.payload,)
+
+    def refresh(self):
+        return ["b"]
+
+    def victim(self, running):
+        return min(running, key=lambda r: (r.payload, r.arrival)).id
+
+
+def test_of_several_policies_the_next_orders_who_is_equal_for_the_one_before():
+    shortest, payloads = Shortest(), {"a": b"2", "b": b"1", "c": b"1", "d": b"1"}
+    scheduler, executor = engine(combined([("loud", Loud()), ("shortest", shortest)]))
+    for (name, loud), prompt in zip(payloads.items(), (4, 9, 5, 6)):
+        scheduler.add(request(name, prompt, payloads={"loud": loud, "shortest": b"own"}))
+    assert drive(scheduler, executor) == ["c", "d", "b", "a"]
+    assert {view.payload for view in shortest.views} == {b"own"}
+    shortest.moved = ["b", "c"]
+    assert list(scheduler.policy.refresh()) == ["b", "c"]
+    views = [
+        scheduler.view(Entry(request(n, 9, payloads={"loud": p}), i, np.zeros(9), set()))
+        for i, (n, p) in enumerate(payloads.items())
+    ]
+    assert scheduler.policy.victim(views) == "b" and scheduler.policy.chunk(views[0], 9, 8) == 4
+    assert combined([]) is None and combined([("shortest", shortest)]) is shortest

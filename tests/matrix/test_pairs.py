@@ -13,7 +13,7 @@ DRAFTERS = [
     name for name, feature in FEATURES.items() if {"ngram", "mlp_speculator", "draft_model", "eagle"} & set(feature.plugins)
 ]
 #: pairs that contradict each other → a word of the reason
-REFUSED = dict.fromkeys(combinations(DRAFTERS, 2), "the drafter") | {("cache_aware", "priority"): "the policy"}
+REFUSED = dict.fromkeys(combinations(DRAFTERS, 2), "the drafter")
 
 
 #: run with the fast tests: pairs in which every feature occurs; the others are slow

@@ -98,3 +98,20 @@ def test_output_is_that_of_the_plain_engine(drafter, engine, plain):
     assert totals["drafted"] >= totals["accepted"]
     assert totals["accepted"] or "adaptive" in drafter
     assert preempted or engine != "preempting"
+
+
+@pytest.mark.parametrize(
+    "drafter", [d if d in ("lookup", "eagle3") else pytest.param(d, marks=pytest.mark.slow) for d in DRAFTERS]
+)
+def test_a_request_may_want_no_drafts_or_few(drafter, plain):
+    """Its neighbours in the batch are drafted for as ever."""
+    prompts, each = map(list, zip(*asked()))
+    limits = [0, None, 0, 1, 0, None, 0, 0]
+    for params, limit in zip(each, limits):
+        params.max_drafts = limit
+    with LLM(**COMMON, plugins=DRAFTERS[drafter]) as llm:
+        outputs = llm.generate(prompts, each)
+        steps = llm.draft_counts.steps
+    assert [outcome(o) for o in outputs] == plain
+    drafted = [sum(one.num_drafted for one in o.outputs) for o in outputs]
+    assert [bool(n) for n in drafted] == [limit != 0 for limit in limits] and 0 < drafted[3] < 24 and steps

@@ -447,8 +447,25 @@ def test_drafts_are_accepted_as_far_as_they_are_right(tmp_path):
     assert 0.1 * verified < right < 0.9 * verified
 
 
+def renamed(rows, names):
+    """The tensors with the beginnings of their names replaced."""
+    return {
+        next((new + name[len(old) :] for old, new in names.items() if name.startswith(old)), name): t for name, t in rows.items()
+    }
+
+
 WRAPPED = {
     "eagle": lambda: ({"model_type": "eagle", "model": eagle1()[0] | {"model_type": "llama"}}, eagle1()[1]),
+    "speculators eagle": lambda: (
+        {
+            "speculators_model_type": "eagle",
+            "architectures": ["EagleSpeculator", "LlamaDecoderLayer"],
+            "layernorms": False,
+            "fusion_bias": True,
+            "transformer_layer_config": SIZES | {"num_hidden_layers": 1, "model_type": "llama"},
+        },
+        renamed(eagle1("eagle_fc_bias")[1], {"fc.": "fusion_fc.", "layers.0.": "transformer."}),
+    ),
     "speculators": lambda: (
         {
             "speculators_model_type": "eagle3",
@@ -468,11 +485,11 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_configs_are_read(target, tmp_path, name):
     config, rows = WRAPPED[name]()
-    formula = Eagle1 if name == "eagle" else Eagle3
+    formula = Eagle3 if name in ("speculators", "eagle_config") else Eagle1
     flat = {"num_hidden_layers": 1, "norm_before_residual": name == "speculators"}
     if name == "eagle_config":
         flat["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
-    head = formula(flat, rows, target[1])
+    head = formula(flat, renamed(rows, {"fusion_fc.": "fc.", "transformer.": "layers.0."}), target[1])
     outputs, seen, _ = watched(target[0], write(tmp_path / "head", config, rows), PROMPTS[:1])
     for _, known, tokens, _ in seen:
         text = [*PROMPTS[0], *outputs[0]][:known]
@@ -487,6 +504,7 @@ def test_wrapped_configs_are_read(target, tmp_path, name):
         ({"hidden_size": 64}, {}, "hidden_size 64; this one has 32"),
         ({"parallel_drafting": True}, {}, "parallel_drafting = True"),
         ({"speculators_model_type": "hydra"}, {}, "of the type 'hydra'"),
+        ({"speculators_model_type": "eagle", "layernorms": True}, {}, "layernorms = True"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 30]}, {}, "is it the head of another model"),
         ({}, {"method": "eagle3"}, "read as 'eagle3'"),
         ({}, {"tree": True, "tree_top_k": 2, "tree_depth": 2, "draft_tokens": 9}, "more than the 6 candidates"),

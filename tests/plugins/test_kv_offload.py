@@ -202,10 +202,37 @@ def test_the_disk_survives_a_restart(plain, tmp_path):
     with engine(tmp_path) as llm:
         ask(llm)
     with engine(tmp_path, host=0) as llm:
-        again, cached = ask(llm, PROMPTS[:2])  # the later ones were never evicted
-    assert again == plain[:2] and min(cached) >= 48
+        again, cached = ask(llm)
+    assert again == plain and min(cached) >= 48
     (folder,) = tmp_path.iterdir()
     assert folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"overlap": True}, {"plugins": {"worker_process": {}}}, {"host": 0}],
+    ids=["overlapped", "worker process", "no host"],
+)
+def test_what_is_still_on_the_device_at_the_end_survives_too(plain, tmp_path, options):
+    with engine(tmp_path, kv_blocks=64, **options) as llm:
+        ask(llm, PROMPTS[:2])
+        llm.engine.add_request("never finished", PROMPTS[2], GREEDY)
+        for _ in range(3):
+            llm.engine.step()
+        assert not list(tmp_path.rglob("*.kv")), "the pool was large enough"
+    with engine(tmp_path, **{"host": 0} | options) as llm:
+        again, cached = ask(llm, PROMPTS[:3])
+    assert again == plain[:3] and min(cached) >= 48
+
+
+def test_an_engine_that_died_still_closes(plain, tmp_path, caplog):
+    """What it kept is lost, as a crash loses it; what its files hold is not."""
+    with engine(tmp_path) as llm:
+        ask(llm)
+        llm.engine.core.executor.submit = None  # as if the workers were gone
+    assert "before all KV was stored" in caplog.text
+    with engine(tmp_path, host=0) as llm:
+        assert ask(llm)[0] == plain
 
 
 def test_damaged_files_change_no_answer(plain, tmp_path):

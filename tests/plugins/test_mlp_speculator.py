@@ -106,7 +106,9 @@ def view_of(seed=0, sampled=(True,) * ROWS, passes=None) -> DraftView:
     path = torch.stack([torch.tensor([3 * r, 3 * r + r % 3, 3 * r + r % 3]) for r in range(ROWS)])
     last = torch.randint(0, VOCAB, (ROWS,), generator=draw)
     slots, none = np.arange(ROWS), torch.zeros(0)
-    return DraftView(None, none, last, hidden, {}, torch.ones(ROWS), last, path, slots, np.array(sampled), passes)
+    return DraftView(
+        None, none, last, hidden, {}, torch.ones(ROWS), last, path, slots, np.array(sampled), 99 * np.array(sampled), passes
+    )
 
 
 def inputs(view, row):
@@ -180,7 +182,7 @@ def test_adaptive_lengths_cut_chains_and_skip_rows(tmp_path):
     config = CONFIG | dict(tie_weights=False, scale_input=False)
     drafter = built(write(tmp_path / "head", config, tensors_of(config)))
     full = drafter.propose(view_of())[0]
-    drafter.length = SimpleNamespace(lengths=lambda slots: np.array([2, 0, 1, 3], np.int32))
+    drafter.length = SimpleNamespace(lengths=lambda slots, most: np.array([2, 0, 1, 3], np.int32))
     tokens, _, count = drafter.propose(view_of())
     assert count.tolist() == [2, 0, 1, 3]
     assert all(tokens[row].tolist() == [*full[row, :n].tolist(), *[-1] * (3 - n)] for row, n in enumerate([2, 0, 1, 3]))

@@ -86,7 +86,9 @@ def view_of(texts, sampled, slots=None) -> DraftView:
     rows = torch.from_numpy(slots)
     step = StepView(*[rows, *[none] * 11], history, none, none, max_len=max(map(len, texts)) - 1)
     last = torch.tensor([text[-1] for text in texts])
-    return DraftView(step, none, last, none, {}, torch.ones(len(texts)), known, none, slots, np.array(sampled))
+    return DraftView(
+        step, none, last, none, {}, torch.ones(len(texts)), known, none, slots, np.array(sampled), 99 * np.array(sampled)
+    )
 
 
 PERIODIC = [5, 1, 2, 3, 4, 9, 1, 2, 3, 4]
@@ -112,7 +114,7 @@ def test_a_slot_forgets_its_request_and_catches_up_with_what_it_missed():
 
 def test_adaptive_asks_for_as_many_as_pay():
     drafter = NgramDrafter(NgramSection(draft_tokens=3), 8)
-    drafter.length.lengths = lambda slots: np.array([1, 0], np.int32)[: len(slots)]
+    drafter.length.lengths = lambda slots, most: np.array([1, 0], np.int32)[: len(slots)]
     assert drafter.propose(view_of([PERIODIC, PERIODIC], [True, True]))[0].tolist() == [[9, -1, -1], [-1] * 3]
 
 

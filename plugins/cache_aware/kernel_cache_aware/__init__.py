@@ -20,7 +20,10 @@ class CacheAware(Section):
 
 
 manifest = Manifest(
-    name="cache_aware", summary="prompts that are cached already are served first, within a bounded window", section=CacheAware
+    name="cache_aware",
+    summary="prompts that are cached already are served first, within a bounded window",
+    section=CacheAware,
+    after=("priority",),  # with it: by priority, and among equals by hits
 )
 
 

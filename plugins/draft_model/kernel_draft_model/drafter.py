@@ -62,10 +62,11 @@ class ModelDrafter:
         return tokens, parents.expand(len(tokens), -1), within.sum(-1, dtype=torch.int32)
 
     def _lengths(self, view: DraftView) -> np.ndarray:
-        """[R] int32: how many drafts to propose; none for rows in the middle of their prompt."""
+        """[R] int32: how many drafts to propose; none for rows in the middle of their prompt, or that want none."""
         lengths = np.zeros(len(view.host_slots), np.int32)
         rows = np.flatnonzero(view.host_sampled)
-        lengths[rows] = self.length.lengths(view.host_slots[rows]) if self.length else self.width
+        most = np.minimum(view.host_most[rows], self.width)
+        lengths[rows] = self.length.lengths(view.host_slots[rows], most) if self.length else most
         return lengths
 
     def _room(self, view: DraftView, lengths: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 EAGLE-1      a Llama config; older ones with the keys `eagle_fc_bias` or `bias`, `add_para_norm`, `truncated_vocab_size`,
              perhaps wrapped: {"model_type": "eagle", "model": {...}}
 EAGLE-3      a Llama config with `draft_vocab_size`; options beside it or in `eagle_config`
-speculators  {"speculators_model_type": "eagle3", "transformer_layer_config": {...}, options}
+speculators  {"speculators_model_type": "eagle" or "eagle3", "transformer_layer_config": {...}, options}
 """
 
 from __future__ import annotations
@@ -58,11 +58,14 @@ def read_head(info: ModelInfo, method: str, target: Mapping[str, Any]) -> HeadCo
 def _flat(info: ModelInfo) -> Mapping[str, Any]:
     """The config without its wrappers, outer keys last. Raises ConfigError for another kind of speculator."""
     outer, kind = _stated(info.config), info.config.get("speculators_model_type")
-    if kind not in (None, "eagle3"):
-        raise ConfigError(f"the head {info.path} is a speculators checkpoint of the type {kind!r}; plugins.eagle runs 'eagle3'")
+    if kind not in (None, "eagle", "eagle3"):
+        raise ConfigError(
+            f"the head {info.path} is a speculators checkpoint of the type {kind!r}; plugins.eagle runs 'eagle' and 'eagle3'"
+        )
     inner = outer.get("model") or {}
     if kind is not None:
-        inner = {"norm_before_residual": True, "method": kind, **outer.get("transformer_layer_config", {})}
+        inner = {"method": kind, **outer.get("transformer_layer_config", {})}
+        inner |= {"norm_before_residual": True} if kind == "eagle3" else {"bias": outer.get("fusion_bias", False)}
     layer_type = inner.get("model_type", outer.get("model_type"))
     return {**inner, **outer, **outer.get("eagle_config", {}), "model_type": layer_type}
 
@@ -74,6 +77,7 @@ def _refuse(path: str, config: Mapping[str, Any]) -> None:
         "pard_token": config.get("pard_token") is not None,
         "skip_prenorm": not config.get("skip_prenorm", True),
         "skip_output_norm": not config.get("skip_output_norm", True),
+        "layernorms": bool(config.get("layernorms")),
     }
     for key in (key for key, asked in asks.items() if asked):
         raise ConfigError(

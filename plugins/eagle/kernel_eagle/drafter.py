@@ -76,10 +76,11 @@ class EagleDrafter:
         return tokens, parents.int(), count
 
     def _lengths(self, view: DraftView) -> np.ndarray:
-        """[R] int32: how many drafts to propose; none for rows in the middle of their prompt."""
+        """[R] int32: how many drafts to propose; none for rows in the middle of their prompt, or that want none."""
         lengths = np.zeros(len(view.host_slots), np.int32)
         rows = np.flatnonzero(view.host_sampled)
-        lengths[rows] = self.length.lengths(view.host_slots[rows]) if self.length else self.width
+        most = np.minimum(view.host_most[rows], self.width)
+        lengths[rows] = self.length.lengths(view.host_slots[rows], most) if self.length else most
         return lengths
 
     def _run(self, batch: DraftBatch, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,12 @@ _PARTS = {
 }
 _LAYERS: dict[str, str | None] = {f"layers.*.{name}": f"layers.*.{part}" for name, part in _PARTS.items()}
 _LAYERS["layers.*.self_attn.rotary_emb.inv_freq"] = None
-_EAGLE = _LAYERS | {
+_EAGLE = _LAYERS | {name.replace("layers.*", "transformer"): part and part.replace("*", "0") for name, part in _LAYERS.items()}
+_EAGLE |= {
     "fc": "fc",
     "fc.bias": "fc_bias:bias",
+    "fusion_fc": "fc",
+    "fusion_fc.bias": "fc_bias:bias",
     "enorm": "token_norm",
     "hnorm": "state_norm",
     "embed_tokens": None,  # the target's

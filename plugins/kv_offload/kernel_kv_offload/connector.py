@@ -30,7 +30,7 @@ class OffloadConnector:
         self.stored: OrderedDict[Name, None] = OrderedDict()  # least recently used first
         self._evicted: dict[int, tuple[list[int], list[bytes]]] = {}
         self._jobs: dict[str, list[Name]] = {}  # on their way
-        self._made = 0
+        self._made, self._folder, self._ending = 0, folder, False
         self._remember(stored_names(folder) if folder else [])
 
     def evicted(self, group: int, ids: np.ndarray, keys: Sequence[bytes]) -> None:
@@ -39,10 +39,15 @@ class OffloadConnector:
         names += keys
 
     def saves(self) -> Sequence[Job]:
-        if not self._evicted:
-            return ()
         evicted, self._evicted = self._evicted, {}
-        return [self._job("save", [(group, ids, keys) for group, (ids, keys) in evicted.items()])]
+        jobs = [self._job("save", [(group, ids, keys) for group, (ids, keys) in evicted.items()])] if evicted else []
+        ending, self._ending = self._ending, False
+        return [*jobs, self._job("flush", [])] if ending else jobs
+
+    def closing(self) -> bool:
+        """Files outlive the engine, host memory does not."""
+        self._ending = self._folder is not None  # the next jobs are the last
+        return self._ending
 
     def find(self, keys: Sequence[bytes]) -> int:
         for count, key in enumerate(keys):
@@ -64,7 +69,7 @@ class OffloadConnector:
         if ack.error is None:
             self._remember(names)
             return
-        if ack.key.startswith("save"):
+        if not ack.key.startswith("load"):
             logger.warning("KV blocks could not be stored: %s", ack.error)
         for name in names:
             self.stored.pop(name, None)

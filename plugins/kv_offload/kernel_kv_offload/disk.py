@@ -1,7 +1,7 @@
 """The second tier: a file for each block. `GROUP-KEY.kv` holds a mark, a hash of the KV layout, a checksum, and the bytes.
 
-Files survive a restart (what is still on the device then does not), and several processes may share a folder: writing ends
-with a rename, and whatever is damaged, of another layout, or gone meanwhile is a miss.
+Files survive a restart, and several processes may share a folder: writing ends with a rename, and whatever is damaged, of
+another layout, or gone meanwhile is a miss.
 """
 
 from __future__ import annotations

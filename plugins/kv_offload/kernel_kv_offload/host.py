@@ -13,11 +13,11 @@ Name = tuple[int, bytes]
 
 
 class HostTier:
-    """`sizes`: bytes of a block of each KV group. Memory is taken in chunks when it is first needed, pinned where there is CUDA,
-    and never more than `limit` bytes of blocks are held."""
+    """`sizes`: bytes of a block of each KV group. Memory is taken in chunks when it is first needed, pinned where `pinned` says
+    so, and never more than `limit` bytes of blocks are held."""
 
-    def __init__(self, sizes: Sequence[int], limit: int) -> None:
-        self.sizes, self.limit, self.used = sizes, limit, 0
+    def __init__(self, sizes: Sequence[int], limit: int, pinned: bool = False) -> None:
+        self.sizes, self.limit, self.pinned, self.used = sizes, limit, pinned, 0
         self._rows: OrderedDict[Name, Tensor] = OrderedDict()
         self._free: list[list[Tensor]] = [[] for _ in sizes]
 
@@ -58,6 +58,6 @@ class HostTier:
         if not self._free[group]:
             size = self.sizes[group]
             count = max(min(CHUNK, self.limit - self.used) // size, 1)
-            chunk = torch.empty(count, size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            chunk = torch.empty(count, size, dtype=torch.uint8, pin_memory=self.pinned)
             self._free[group] = list(chunk)
         return self._free[group].pop()

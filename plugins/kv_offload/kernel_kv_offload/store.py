@@ -16,7 +16,7 @@ from kernel_core.api import decode
 from kernel_core.nn.api import BlockAccess
 from kernel_kv_offload import KVOffloadSection
 from kernel_kv_offload.disk import DiskTier
-from kernel_kv_offload.host import HostTier
+from kernel_kv_offload.host import CHUNK, HostTier
 
 GIB = 1 << 30
 Name = tuple[int, bytes]
@@ -102,15 +102,32 @@ class Tiers:
             future.result()
         return future.done()
 
-    def close(self) -> None:
-        """Host memory goes to disk, as far as that has room, most recently used last."""
+    def flush(self) -> None:
+        """Host memory goes to disk, as far as that has room, most recently used last. No block may be put meanwhile."""
         if self._writer is None:
             return
         while popped := self.host.pop():
             self._spill(popped[0], popped[1].numpy().tobytes())
-        self._writer.shutdown()
         for future in self._writing.values():
             future.result()
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.shutdown()
+
+
+class Flushing:
+    """A LongJob: a thread brings host memory to disk."""
+
+    def __init__(self, done: Future[None]) -> None:
+        self._done = done
+
+    def done(self, wait: float) -> bool:
+        return bool(wait_for([self._done], wait).done)
+
+    def finish(self) -> None:
+        self._done.result()
 
 
 class Loading:
@@ -133,25 +150,36 @@ class OffloadStore:
     def __init__(self, section: KVOffloadSection, blocks: BlockAccess, folder: Path | None) -> None:
         self.blocks = blocks
         disk = DiskTier(folder, int(section.disk_gib * GIB), blocks.layout) if folder else None
-        self.tiers = Tiers(HostTier(blocks.bytes_per_block, int(section.host_gib * GIB)), disk)
+        self.pinned = blocks.device.type == "cuda"
+        self.tiers = Tiers(HostTier(blocks.bytes_per_block, int(section.host_gib * GIB), self.pinned), disk)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv_offload_read")
 
     def job(self, data: bytes) -> Loading | None:
         action, parts = decode(data, tuple[str, list[Part]])
         if action == "load":
             return Loading(self._reader.submit(self._read, parts), parts, self.blocks)
+        if action == "flush":
+            return Flushing(self._reader.submit(self.tiers.flush))
         for part in parts:
             self._save(*part)
         return None
 
     def _save(self, group: int, ids: list[int], keys: list[bytes]) -> None:
         new = [(block, key) for block, key in zip(ids, keys) if (group, key) not in self.tiers]
-        if new:
-            for (_, key), row in zip(new, self.blocks.read(group, [block for block, _ in new])):
+        most = max(CHUNK // self.blocks.bytes_per_block[group], 1)
+        for start in range(0, len(new), most):
+            part = new[start : start + most]
+            for (_, key), row in zip(part, self.blocks.read(group, [block for block, _ in part])):
                 self.tiers.put((group, key), row)
 
     def _read(self, parts: Sequence[Part]) -> list[Tensor]:
-        return [torch.stack([self.tiers.get((group, key)) for key in keys]) for group, _, keys in parts]
+        return [self._rows(group, keys) for group, _, keys in parts]
+
+    def _rows(self, group: int, keys: Sequence[bytes]) -> Tensor:
+        rows = torch.empty(len(keys), self.blocks.bytes_per_block[group], dtype=torch.uint8, pin_memory=self.pinned)
+        for row, key in zip(rows, keys):
+            row.copy_(self.tiers.get((group, key)))
+        return rows
 
     def close(self) -> None:
         """Nothing is lost that the disk has room for."""

@@ -70,7 +70,8 @@ class SpeculatorDrafter:
     def _lengths(self, view: DraftView) -> tuple[np.ndarray, np.ndarray]:
         """The rows that are drafted for, and how many drafts each."""
         rows = np.flatnonzero(view.host_sampled)
-        lengths = self.length.lengths(view.host_slots[rows]) if self.length else np.full(len(rows), self.width, np.int32)
+        most = np.minimum(view.host_most[rows], self.width)
+        lengths = self.length.lengths(view.host_slots[rows], most) if self.length else most
         return rows[lengths > 0], lengths[lengths > 0]
 
     def _chain(self, view: DraftView, index: Tensor, state: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -70,5 +70,6 @@ class NgramDrafter:
     def _lengths(self, view: DraftView) -> tuple[np.ndarray, np.ndarray]:
         """The rows that drafts are looked for, and how many each."""
         rows = np.flatnonzero(view.host_sampled)
-        lengths = self.length.lengths(view.host_slots[rows]) if self.length else np.full(len(rows), self.width, np.int32)
+        most = np.minimum(view.host_most[rows], self.width)
+        lengths = self.length.lengths(view.host_slots[rows], most) if self.length else most
         return rows[lengths > 0], lengths[lengths > 0]

@@ -81,10 +81,10 @@ def test_a_hook_is_called_at_home_only(open_registry, hook):
 def test_two_answers_in_an_exclusive_place_name_both(shelf, open_registry, monkeypatch):
     """The resolver refuses this before; the registry does not rely on it."""
     for name in "ab":
-        shelf.add(name, "@hookimpl\ndef make_policy(context): return 1")
+        shelf.add(name, "@hookimpl\ndef make_connector(context): return 1")
     monkeypatch.setattr("kernel_core.resolver._check_exclusive", lambda parts: None)
-    with pytest.raises(ConfigError, match="only one plugin can be the policy, but 'a' and 'b'"):
-        open_registry("a", "b").call("make_policy")
+    with pytest.raises(ConfigError, match="only one plugin can be the connector, but 'a' and 'b'"):
+        open_registry("a", "b").call("make_connector")
 
 
 def test_a_failing_hook_names_plugin_hook_and_place(shelf, open_registry):

@@ -107,3 +107,19 @@ def test_rows_that_layers_missed_are_not_drafted_for():
 def test_hopeless_drafts_are_off_and_tried_again():
     _, _, chosen = simulate(0.0, 1.0, 0.5, 4)
     assert np.median(chosen) == 0 and chosen.max() > 0
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_no_row_gets_more_than_its_request_wants(tree):
+    length, slots, most = DraftLength(WIDTH, 4, tree), np.arange(4), np.array([0, 1, WIDTH, 99])
+    for slot in slots:
+        length.opened(slot)
+    drafts, seen = np.zeros(4, np.int32), []
+    for _ in range(300):
+        took = 1.0 + 0.01 * drafts.sum()
+        length.observe(DraftOutcome(slots, drafts, drafts, int(4 + drafts.sum()), True, took))
+        drafts = length.lengths(slots, most)
+        seen.append(drafts)
+    assert (np.array(seen) <= np.minimum(most, WIDTH)).all()
+    assert np.median(seen[-100:], 0).tolist() == [0, 1, WIDTH, WIDTH]
+    assert not length.lengths(slots, np.zeros(4, int)).any()
