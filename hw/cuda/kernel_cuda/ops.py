@@ -17,11 +17,13 @@ from kernel_cuda.kernels.machine import capability
 OWNER = "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = {"silu": pointwise.SILU, "gelu": pointwise.GELU, "gelu_tanh": pointwise.GELU_TANH}
+MANY_OUTPUTS = 100_000
+GATED_ROWS, GATED_OUTPUTS = 0, 20_000  # rows up to which, and outputs from which on gate and up are multiplied together
 MANY = 256  # rows from which on an 8 or 4 bit weight is widened first
 
 
 class PlainLinear:
-    """The weight as it is: few rows by a kernel of ours, many by cuBLAS."""
+    """The weight as it is, few rows of many outputs (the head) by a kernel of ours. cuBLAS is faster for the rest."""
 
     keeps_weight = True
 
@@ -30,13 +32,13 @@ class PlainLinear:
 
     def __call__(self, x: Tensor, state: tuple[Tensor, Tensor | None]) -> Tensor:
         weight, bias = state
-        if x.shape[0] > linear.FEW or x.stride(-1) != 1:
+        if x.shape[0] > linear.FEW or weight.shape[0] < MANY_OUTPUTS or x.stride(-1) != 1:
             return F.linear(x, weight, bias)
         return linear.few_rows(x, weight, bias)
 
     def gated(self, x: Tensor, state: tuple[Tensor, Tensor | None], activation: str) -> Tensor | None:
         """The gated product of a weight that holds gate and up, or None where two steps are as good."""
-        if x.shape[0] > linear.FEW or x.stride(-1) != 1:
+        if x.shape[0] > GATED_ROWS or state[0].shape[0] < GATED_OUTPUTS or x.stride(-1) != 1:
             return None
         return linear.few_rows(x, *state, gate=ACTIVATIONS[activation])
 

@@ -49,7 +49,7 @@ def copies(nbytes):
 
 
 def floors():
-    a = torch.randn(1 << 29, device="cuda", dtype=HALF)
+    a = torch.randn(1 << 31, device="cuda", dtype=HALF)
     b = torch.empty_like(a)
     seconds = timed([lambda a=a, b=b: b.copy_(a)])
     bandwidth = 2 * a.nbytes / seconds
@@ -110,31 +110,56 @@ def narrow():
         report(f"int4 gate_up M={m}", timed([lambda w=w: linear.few_rows_int4(x, w, scale) for w in q]), n * k * 9 // 16)
 
 
-def tune():
+def shortest(label, candidates, launches, nbytes, operations=0):
+    """Time a launch with each shape; the four best are reported. launches(shape) → calls, or raises."""
+    found = []
+    for shape in candidates:
+        try:
+            found.append((timed(launches(shape), 4), shape))
+        except Exception as error:
+            print("tune", label, shape, type(error).__name__, str(error)[:80])
+    for seconds, shape in sorted(found, key=lambda pair: pair[0])[:4]:
+        report(f"tune {label} {shape}", seconds, nbytes, operations)
+
+
+def tune_linears():
+    n, k = 28672, 4096
+    ws = weights(n, k)
     for m in (1, 16, 64):
-        for label, n, k in (("qkv", 6144, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336)):
-            ws = weights(n, k)
-            x = torch.randn(m, k, device="cuda", dtype=HALF)
-            found = []
-            for bn, bk, warps, stages in SHAPES:
-                try:
-                    shape = linear.Shape(bn, bk, warps, stages)
-                    found.append(
-                        (timed([lambda w=w, s=shape: linear.few_rows(x, w, shape=s) for w in ws], 4), bn, bk, warps, stages)
-                    )
-                except Exception as error:
-                    print("tune", bn, bk, warps, stages, type(error).__name__)
-            for seconds, *shape in sorted(found)[:4]:
-                report(f"tune {label} M={m} {shape}", seconds, 2 * n * k)
-            print("   slowest", f"{max(found)[0] * 1e6:.1f}", max(found)[1:])
-            del ws
+        x = torch.randn(m, k, device="cuda", dtype=HALF)
+        launches = lambda shape: [lambda w=w: linear.few_rows(x, w, gate=0, shape=linear.Shape(*shape)) for w in ws]  # noqa: E731
+        shortest(f"gate_up+silu M={m}", GATED, launches, 2 * n * k)
+    q = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(3)]
+    scale = torch.rand(n, device="cuda")
+    for m in (1, 64):
+        x = torch.randn(m, k, device="cuda", dtype=HALF)
+        launches = lambda shape: [lambda w=w: linear.few_rows(x, w, None, scale, shape=linear.Shape(*shape)) for w in q]  # noqa: E731
+        shortest(f"int8 M={m}", BYTES, launches, n * k)
 
 
-SHAPES = [
-    (16, 256, 4, 4), (16, 256, 4, 6), (16, 512, 4, 3), (16, 128, 4, 6), (16, 256, 8, 4), (32, 128, 4, 4), (32, 128, 4, 6),
-    (32, 256, 4, 3), (32, 256, 8, 4), (64, 64, 4, 5), (64, 128, 4, 4), (64, 128, 8, 4), (128, 64, 8, 4), (32, 64, 4, 6),
-    (64, 64, 4, 8),
-]  # fmt: skip
+def tune_attention():
+    short, long, rows = attention.short_shape, attention.long_shape, attention.tile_rows
+    for shape in TILES:
+        attention.tile_rows = lambda group, wide, bm=shape[0]: bm
+        attention.long_shape = lambda *_, s=shape: dict(zip(("BM", "BN", "num_warps", "num_stages"), s))
+        print("tune prefill", shape, end=" ")
+        try:
+            prefill("8B", 4, 4096, beside=False)
+        except Exception as error:
+            print(type(error).__name__, str(error)[:80])
+    attention.tile_rows, attention.long_shape = rows, long
+    for shape in CHUNKS:
+        attention.short_shape = lambda *_, s=shape: {"BM": 16, **dict(zip(("BN", "num_warps", "num_stages"), s))}
+        print("tune decode", shape)
+        for batch, context, fp8 in ((1, 512, False), (1, 8192, False), (64, 8192, False), (64, 8192, True)):
+            decode("8B", batch, context, fp8)
+    attention.short_shape = short
+
+
+GATED = [(32, 128, 4, 4), (32, 128, 4, 6), (32, 64, 4, 8), (64, 64, 4, 4), (64, 64, 8, 4), (16, 256, 4, 4)]
+BYTES = [(64, 256, 4, 4), (64, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 6), (128, 128, 8, 4)]
+TILES = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)]
+CHUNKS = [(64, 4, 3), (64, 4, 2), (32, 4, 4), (64, 8, 3), (64, 2, 3)]
 
 
 def cache_of(batch, context, heads, dim, fp8=False):
@@ -166,7 +191,7 @@ def decode(model, batch, context, fp8=False, queries=1):
         report("attention plan B=256", timed([plan]), 4096)
 
 
-def prefill(model, rows, length):
+def prefill(model, rows, length, beside=True):
     _, _, heads, kv_heads, dim, _ = MODELS[model]
     cache, table = cache_of(rows, length, kv_heads, dim)
     q = torch.randn(rows * length, heads, dim, device="cuda", dtype=HALF)
@@ -175,6 +200,9 @@ def prefill(model, rows, length):
     work = attention.plan(q_start, kv_len, length, length, rows * length, heads // kv_heads, None, 4 * heads * (dim + 1))
     rules = attention.Rules(dim**-0.5)
     seconds = timed([lambda: attention.attend(q, cache, work, table, rules)], 4)
+    if not beside:
+        report(f"prefill {model} {rows} x {length}", seconds, 0, 2 * rows * heads * length * length * dim)
+        return
     k, v = (torch.randn(rows, heads, length, dim, device="cuda", dtype=HALF) for _ in range(2))
     qs = q.view(rows, length, heads, dim).transpose(1, 2).contiguous()
     other = timed([lambda: F.scaled_dot_product_attention(qs, k, v, is_causal=True)], 4)
@@ -244,14 +272,16 @@ PARTS = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="parts, comma-separated: " + ", ".join([*PARTS, "tune"]))
+    parser.add_argument(
+        "--only", default="", help="parts, comma-separated: " + ", ".join([*PARTS, "tune_linears", "tune_attention"])
+    )
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     BANDWIDTH, RATE = floors()
     print(f"{torch.cuda.get_device_name()}: copy {BANDWIDTH / 1e12:.2f} TB/s, product {RATE / 1e12:.0f} TFLOP/s", flush=True)
     for part in arguments.only.split(",") if arguments.only else PARTS:
         try:
-            {**PARTS, "tune": tune}[part]()
+            {**PARTS, "tune_linears": tune_linears, "tune_attention": tune_attention}[part]()
         except Exception as error:
             print(f"{part} failed: {error!r}"[:600], flush=True)
         torch.cuda.empty_cache()

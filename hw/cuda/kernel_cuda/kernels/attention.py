@@ -5,8 +5,8 @@ e4m3 numbers with a float32 scale per token and head in scales [blocks, Hkv, blo
 
 The query heads of a KV head are folded into the rows of one product. Short rows (a few queries: decoding, verification) are
 cut along their KV into chunks that one program each computes, and `_combine` puts together; long rows (prefill) are cut
-along their queries. `_plan` lists both once per step, for all layers. A row's chunks depend on the row's own length alone,
-so its result does not depend on the batch.
+along their queries. `_plan` lists both once per step, for all layers. A row's chunks depend on its own length and on how
+many rows the step has room for (few rows: shorter chunks), never on the other rows' contents.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
-from kernel_cuda.kernels.machine import processors
+from kernel_cuda.kernels.machine import capability, processors
 
 MAX_CHUNKS = 64  # about the most chunks of a short row
-CHUNK = 256  # tokens of the shortest chunks
+CHUNKS = ((4, 64), (16, 128))  # rows of a step up to which the shortest chunks have so many tokens
+CHUNK = 256  # beyond
 PROGRAMS = 8  # per multiprocessor, that share the chunks
 SHORT = 64  # rows of a product (queries times heads of a group) up to which a row is cut along its KV
 LOG2E = constexpr(1.4426950408889634)
-_CHUNK = constexpr(CHUNK)
+PLAIN, BY_BITS, NATIVE = constexpr(0), constexpr(1), constexpr(2)  # how e4m3 is read
 
 
 @triton.jit
@@ -189,10 +190,10 @@ def _prepare(
 
 
 @triton.jit
-def chunk_of(first, length, most):
+def chunk_of(first, length, most, shortest):
     """Tokens of a chunk of a row that sees [first, length): the shortest that makes about `most` chunks."""
-    chunk = tl.zeros_like(length) + _CHUNK
-    for _ in tl.static_range(13):
+    chunk = tl.zeros_like(length) + shortest
+    for _ in tl.static_range(15):
         chunk = tl.where(length - first > most * chunk, chunk * 2, chunk)
     return chunk
 
@@ -204,32 +205,32 @@ def first_seen(length, count, window):
 
 
 @triton.jit
-def _sizes(q_start, kv_len, rows, mask, window, most, SHORT_Q: tl.constexpr, TILE_Q: tl.constexpr):
+def _sizes(q_start, kv_len, rows, mask, window, most, shortest, SHORT_Q: tl.constexpr, TILE_Q: tl.constexpr):
     """Chunks and tiles of some rows."""
     count = tl.load(q_start + rows + 1, mask=mask, other=0) - tl.load(q_start + rows, mask=mask, other=0)
     length = tl.load(kv_len + rows, mask=mask, other=0)
     first = first_seen(length, count, window)
-    chunk = chunk_of(first, length, most)
+    chunk = chunk_of(first, length, most, shortest)
     has_chunks = (count <= SHORT_Q) & (count > 0) & (length > 0)
     chunks = tl.where(has_chunks, tl.cdiv(length, chunk) - first // chunk, 0)
     tiles = tl.where(count > SHORT_Q, tl.cdiv(count, TILE_Q), 0)
     return chunks, tiles
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "most", "chunk_room", "tile_room"])
+@triton.jit(do_not_specialize=["num_rows", "window", "most", "shortest", "chunk_room", "tile_room"])
 def _plan(
-    q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, num_rows, window, most, chunk_room, tile_room,
+    q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, num_rows, window, most, shortest, chunk_room, tile_room,
     SHORT_Q: tl.constexpr, TILE_Q: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
     """One program per row, and one more: where its chunks and tiles begin, and the row of each chunk and tile."""
     row = tl.program_id(0)
     rows = tl.arange(0, RP)
-    chunks, tiles = _sizes(q_start, kv_len, rows, rows < tl.minimum(row, num_rows), window, most, SHORT_Q, TILE_Q)
+    chunks, tiles = _sizes(q_start, kv_len, rows, rows < tl.minimum(row, num_rows), window, most, shortest, SHORT_Q, TILE_Q)
     at_chunk, at_tile = tl.sum(chunks, 0), tl.sum(tiles, 0)
     tl.store(chunk_start + row, tl.minimum(at_chunk, chunk_room))
     tl.store(tile_start + row, tl.minimum(at_tile, tile_room))
     if row < num_rows:
-        mine, my_tiles = _sizes(q_start, kv_len, row, row < num_rows, window, most, SHORT_Q, TILE_Q)
+        mine, my_tiles = _sizes(q_start, kv_len, row, row < num_rows, window, most, shortest, SHORT_Q, TILE_Q)
         index = tl.arange(0, CP)
         tl.store(chunk_row + at_chunk + index, row, mask=(index < mine) & (at_chunk + index < chunk_room))
         for at in range(0, my_tiles, CP):
@@ -251,42 +252,47 @@ def _scores(q, k, scale, cap, IEEE: tl.constexpr, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _load_kv(k_cache, v_cache, scales, block, n, seen, head, d, dv, block_size,
-             H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+def _load_kv(k_cache, v_cache, scales, block, n, seen, head, d, dv,
+             BS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, FP8: tl.constexpr,
+             DOT: tl.constexpr):  # fmt: skip
     """k [D, N] and v [N, DV] of the tokens n in `block`, zero where not `seen`; and their scales [N]."""
-    row = (block.to(tl.int64) * H + head) * block_size + n % block_size
+    row = (block.to(tl.int64) * H + head) * BS + n % BS
     k = tl.load(k_cache + row[None, :] * D + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0)
     v = tl.load(v_cache + row[:, None] * DV + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0)
     k_scale, v_scale = 1.0, 1.0
     if FP8:
-        k, v = decode_e4m3(k).to(DOT), decode_e4m3(v).to(DOT)
-        k_scale = tl.load(scales + row * 2, mask=seen, other=0.0) * 256.0
+        k_scale = tl.load(scales + row * 2, mask=seen, other=0.0)
         v_scale = tl.load(scales + row * 2 + 1, mask=seen, other=0.0) * 256.0
+        if FP8 == NATIVE:
+            k = k.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DOT)
+            v = (v.to(tl.float8e4nv, bitcast=True).to(tl.float16) * 0.00390625).to(DOT)
+        else:
+            k, v, k_scale = decode_e4m3(k).to(DOT), decode_e4m3(v).to(DOT), k_scale * 256.0
     return k, v, k_scale, v_scale
 
 
 @triton.jit
 def _attend(
     q, acc, m, l, begin, end, table, k_cache, v_cache, scales, tree, head, slot, position, token, count, context, length,
-    seen_from, scale, cap, window, tree_width, block_size,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+    seen_from, scale, cap, window, tree_width,
+    BS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
     FP8: tl.constexpr, IEEE: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the tokens [begin, end) to the running sums of queries [M] at `slot`, `position`, step token `token`."""
+    if FP8 and not IEEE:
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     stop = tl.minimum(end, length)
     n = begin + tl.arange(0, BN)
-    next_block = tl.load(table + n // block_size, mask=(n >= seen_from) & (n < stop), other=0)
+    next_block = tl.load(table + n // BS, mask=(n >= seen_from) & (n < stop), other=0)
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)
         held = (n >= seen_from) & (n < stop)
         block = next_block
         ahead = n + BN  # the table is read one turn early, so that the loads of K and V wait for nothing
-        next_block = tl.load(table + ahead // block_size, mask=ahead < stop, other=0)
-        k, v, k_scale, v_scale = _load_kv(
-            k_cache, v_cache, scales, block, n, held, head, d, dv, block_size, H, D, DV, FP8, q.dtype
-        )
+        next_block = tl.load(table + ahead // BS, mask=ahead < stop, other=0)
+        k, v, k_scale, v_scale = _load_kv(k_cache, v_cache, scales, block, n, held, head, d, dv, BS, H, D, DV, FP8, q.dtype)
         if FP8:
             s = _scores(q, k, 1.0, 1.0, IEEE, False) * k_scale[None, :]
             if HAS_CAP:
@@ -348,11 +354,12 @@ def _queries(q_ptr, positions, q_begin, j, count, context, g, head, q_stride, q_
     return q, slot, position, token, ok
 
 
-@triton.jit(do_not_specialize=["num_rows", "most", "table_stride", "first_slot", "tree_width", "window"])
+@triton.jit(do_not_specialize=["num_rows", "most", "shortest", "table_stride", "first_slot", "tree_width", "window"])
 def _short(
     q_ptr, k_cache, v_cache, scales, table_ptr, q_start, kv_len, chunk_start, chunk_row, tree, positions, part, part_lse,
-    num_rows, most, table_stride, q_stride, q_head, scale, cap, window, first_slot, tree_width, block_size,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    num_rows, most, shortest, table_stride, q_stride, q_head, scale, cap, window, first_slot, tree_width,
+    BS: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr,
     QS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr, IEEE: tl.constexpr, HAS_CAP: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TREE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -366,7 +373,7 @@ def _short(
         count = tl.load(q_start + row + 1) - q_begin
         length = tl.load(kv_len + row)
         first = first_seen(length, count, window)
-        chunk = chunk_of(first, length, most)
+        chunk = chunk_of(first, length, most, shortest)
         begin = (first // chunk + place - tl.load(chunk_start + row)) * chunk
         context = length - count
         q, slot, position, token, ok = _queries(
@@ -381,7 +388,7 @@ def _short(
         acc, m, l = _attend(
             q, acc, m, l, start, tl.minimum(begin + chunk, length), table_ptr + row.to(tl.int64) * table_stride,
             k_cache, v_cache, scales, tree, head, slot, position, token, count, context, length, seen_from,
-            scale, cap, window, tree_width, block_size,
+            scale, cap, window, tree_width, BS,
             H, D, DV, DP, DVP, BN, FP8, IEEE, HAS_CAP, CAUSAL, HAS_WINDOW, HAS_TREE, True,
         )  # fmt: skip
         to = (place * H + head) * (QS * GROUP) + rows
@@ -431,8 +438,9 @@ def _combine(
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "first_slot", "tree_width", "window"])
 def _long(
     q_ptr, k_cache, v_cache, scales, table_ptr, q_start, kv_len, tile_start, tile_row, tree, positions, sinks, out,
-    num_rows, table_stride, q_stride, q_head, out_stride, out_head, scale, cap, window, first_slot, tree_width, block_size,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    num_rows, table_stride, q_stride, q_head, out_stride, out_head, scale, cap, window, first_slot, tree_width,
+    BS: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    DVP: tl.constexpr,
     TQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FP8: tl.constexpr, IEEE: tl.constexpr, HAS_CAP: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_TREE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -483,17 +491,17 @@ def _long(
             if start > seen_from:
                 acc, m, l = _attend(
                     q, acc, m, l, start - BN, start, table, k_cache, v_cache, scales, tree, head, slot, position, token,
-                    count, context, tl.minimum(length, end), seen_from, scale, cap, window, tree_width, block_size,
+                    count, context, tl.minimum(length, end), seen_from, scale, cap, window, tree_width, BS,
                     H, D, DV, DP, DVP, BN, FP8, IEEE, HAS_CAP, CAUSAL, HAS_WINDOW, HAS_TREE, True,
                 )  # fmt: skip
             acc, m, l = _attend(
                 q, acc, m, l, start, whole, table, k_cache, v_cache, scales, tree, head, slot, position, token,
-                count, context, length, 0, scale, cap, window, tree_width, block_size,
+                count, context, length, 0, scale, cap, window, tree_width, BS,
                 H, D, DV, DP, DVP, BN, FP8, IEEE, HAS_CAP, CAUSAL, HAS_WINDOW, HAS_TREE, False,
             )  # fmt: skip
         acc, m, l = _attend(
             q, acc, m, l, whole, end, table_ptr + row.to(tl.int64) * table_stride, k_cache, v_cache, scales, tree, head,
-            slot, position, token, count, context, length, seen_from, scale, cap, window, tree_width, block_size,
+            slot, position, token, count, context, length, seen_from, scale, cap, window, tree_width, BS,
             H, D, DV, DP, DVP, BN, FP8, IEEE, HAS_CAP, CAUSAL, HAS_WINDOW, HAS_TREE, True,
         )  # fmt: skip
         y = acc / tl.where(l > 0, l, 1.0)[:, None]
@@ -536,13 +544,14 @@ class Work:
     tile_start: torch.Tensor  # [R + 1]
     tile_row: torch.Tensor  # [tile room]
     most: int
+    shortest: int
     short_q: int
     tile_q: int
     has_long: bool
 
 
-def _room(rows: int, max_kv: int, most: int) -> int:
-    return rows * min(most + 1, triton.cdiv(max_kv, CHUNK) + 1)
+def _room(rows: int, max_kv: int, most: int, shortest: int) -> int:
+    return rows * min(most + 1, triton.cdiv(max_kv, shortest) + 1)
 
 
 def tile_rows(group: int, wide: bool) -> int:
@@ -559,19 +568,19 @@ def plan(
     rows = kv_len.shape[0]
     all_short = max_q * group <= SHORT or max_q == 1
     short_q = max(1, max_q) if all_short else 1
-    most = MAX_CHUNKS
-    while most > 8 and _room(rows, max_kv, most) * short_q * row_bytes > PART_BYTES:
+    most, shortest = MAX_CHUNKS, next((tokens for few, tokens in CHUNKS if rows <= few), CHUNK)
+    while most > 8 and _room(rows, max_kv, most, shortest) * short_q * row_bytes > PART_BYTES:
         most //= 2
-    chunk_room = _room(rows, max_kv, most)
+    chunk_room = _room(rows, max_kv, most, shortest)
     tile_q = max(1, tile_rows(group, wide) // group)
     tile_room = 0 if all_short else tokens // tile_q + rows
     made = torch.empty(2 * (rows + 1) + chunk_room + tile_room, dtype=torch.int32, device=kv_len.device)
     chunk_start, tile_start, chunk_row, tile_row = made.split([rows + 1, rows + 1, chunk_room, tile_room])
     _plan[(rows + 1,)](
-        q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, rows, window or 0, most, chunk_room, tile_room,
+        q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, rows, window or 0, most, shortest, chunk_room, tile_room,
         SHORT_Q=short_q, TILE_Q=tile_q, RP=triton.next_power_of_2(max(rows, 1)), CP=128, num_warps=4,
     )  # fmt: skip
-    return Work(q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, most, short_q, tile_q, not all_short)
+    return Work(q_start, kv_len, chunk_start, chunk_row, tile_start, tile_row, most, shortest, short_q, tile_q, not all_short)
 
 
 @dataclass(frozen=True, slots=True)
@@ -645,18 +654,18 @@ def attend(
     wide, group = q.dtype == torch.float32, q_heads // heads
     dims = {"D": dim, "DV": v_dim, "DP": max(16, triton.next_power_of_2(dim)), "DVP": max(16, triton.next_power_of_2(v_dim))}
     flags = {
-        "FP8": cache.scales is not None, "IEEE": wide, "HAS_CAP": rules.soft_cap is not None, "CAUSAL": rules.causal,
+        "FP8": _e4m3_reading(cache), "IEEE": wide, "HAS_CAP": rules.soft_cap is not None, "CAUSAL": rules.causal,
         "HAS_WINDOW": bool(rules.window), "HAS_TREE": tree is not None, "HAS_POSITIONS": positions is not None,
     }  # fmt: skip
     data = (q, cache.k, cache.v, q if cache.scales is None else cache.scales, block_table, work.q_start, work.kv_len)
     extras = (q if tree is None else tree.view(torch.int8), q if positions is None else positions)
     numbers = (
         float(rules.scale), float(rules.soft_cap or 1.0), rules.window or 0, rules.first_slot,
-        0 if tree is None else tree.shape[1], block_size,
+        0 if tree is None else tree.shape[1],
     )  # fmt: skip
     sink = q if sinks is None else sinks
     strides = (block_table.stride(0), q.stride(0), q.stride(1))
-    common = {**dims, **flags, "H": heads, "GROUP": group}
+    common = {**dims, **flags, "BS": block_size, "H": heads, "GROUP": group}
     if work.has_long:
         _long[(heads, work.tile_row.shape[0])](
             *data, work.tile_start, work.tile_row, *extras, sink, out, rows, *strides, out.stride(0), out.stride(1), *numbers,
@@ -665,22 +674,29 @@ def attend(
     room = work.chunk_row.shape[0]
     part = torch.empty(room * heads * work.short_q * group, v_dim + 1, dtype=torch.float32, device=q.device)
     part, lse = part.view(-1).split([part.shape[0] * v_dim, part.shape[0]])
-    shape = short_shape(dims, group * work.short_q, wide)
+    shape = short_shape(dims, group * work.short_q, work.shortest, wide)
     _short[(min(room * heads, PROGRAMS * processors(q.device)),)](
-        *data, work.chunk_start, work.chunk_row, *extras, part, lse, rows, work.most, *strides, *numbers,
+        *data, work.chunk_start, work.chunk_row, *extras, part, lse, rows, work.most, work.shortest, *strides, *numbers,
         **common, QS=work.short_q, **shape,
     )  # fmt: skip
     _combine[(rows, q_heads, work.short_q)](
         part, lse, work.q_start, work.chunk_start, sink, out, out.stride(0), out.stride(1),
-        H=heads, GROUP=group, DV=v_dim, DVP=dims["DVP"], QS=work.short_q, BC=8, HAS_SINKS=sinks is not None, num_warps=1,
+        H=heads, GROUP=group, DV=v_dim, DVP=dims["DVP"], QS=work.short_q,
+        BC=16, HAS_SINKS=sinks is not None, num_warps=2,
     )  # fmt: skip
     return out
 
 
-def short_shape(dims: dict[str, int], rows: int, wide: bool) -> dict[str, int]:
+def _e4m3_reading(cache: Cache) -> int:
+    if cache.scales is None:
+        return PLAIN.value
+    return NATIVE.value if capability(cache.k.device) >= (8, 9) else BY_BITS.value
+
+
+def short_shape(dims: dict[str, int], rows: int, shortest: int, wide: bool) -> dict[str, int]:
     """Block sizes of `_short`."""
     size = max(dims["DP"], dims["DVP"])
-    tokens = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32}[size]
+    tokens = min(shortest, {16: 128, 32: 128, 64: 128, 128: 64, 256: 32}[size])
     stages = 3 if size <= 128 else 2
     return {
         "BM": max(16, triton.next_power_of_2(rows)), "BN": max(16, tokens // 2) if wide else tokens,
