@@ -15,10 +15,10 @@ from kernel_core.plan import MOST_DRAFTS, Job, Logprobs, SamplingRow, Span
 GREEDY_BELOW = 1e-5  # temperatures below are greedy
 MIN_TEMPERATURE = 0.01  # smaller ones that are not greedy are raised to it
 _LARGEST = 1e38  # a float32 in the worker
-_INTEGERS = ("n", "top_k", "max_tokens", "seed", "logprobs", "prompt_logprobs", "priority")
+_INTEGERS = ("n", "top_k", "max_tokens", "seed", "logprobs", "prompt_logprobs", "priority", "max_drafts")
 _FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 _KINDS = dict.fromkeys(_INTEGERS, (Integral, "an integer")) | dict.fromkeys(("temperature", "top_p", "min_p"), (Real, "a number"))
-_OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
+_OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs", "max_drafts"}
 
 
 @dataclass(slots=True)

@@ -46,6 +46,8 @@ def test_all_logprobs_means_the_whole_vocabulary():
         {"top_k": -2},
         {"min_p": 1.5},
         {"max_tokens": 0},
+        {"max_drafts": -1},
+        {"max_drafts": "all"},
         {"stop": ""},
         {"stop": ["a", ""]},
         {"stop": "a", "detokenize": False},

@@ -62,6 +62,7 @@ class Sampling(Ignored):
     detokenize: Flag | None = Field(None, description="false: no text, only token ids (return_token_ids)")
     prompt_logprobs: Integer | None = Field(None, ge=-1, description="alternatives for each prompt token; not in streams")
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31, description="lower is sooner; needs a policy that reads it")
+    max_drafts: Integer | None = Field(None, ge=0, description="most drafts of a drafter in a step; 0: none")
     truncate_prompt_tokens: Integer | None = Field(
         None, ge=-1, description="keep only the last so many tokens of the prompt; -1: what fits"
     )
@@ -75,7 +76,7 @@ class Sampling(Ignored):
 #: fields of `Sampling` that are sampling parameters of the engine, by the same name
 PARAMETERS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "priority"),
-    *("include_stop_str_in_output", "skip_special_tokens", "detokenize", "prompt_logprobs"),
+    *("include_stop_str_in_output", "skip_special_tokens", "detokenize", "prompt_logprobs", "max_drafts"),
 )
 
 
