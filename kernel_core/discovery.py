@@ -66,7 +66,8 @@ def _describe(kind: str, point: metadata.EntryPoint) -> Found:
     about = point.dist
     if about is None:
         return Found(kind, point.name, point.value, "unknown", "0")
-    return Found(kind, point.name, point.value, about.name, about.version, about.metadata["Summary"] or "")
+    summary = about.metadata["Summary"] if "Summary" in about.metadata else ""  # a missing key may raise
+    return Found(kind, point.name, point.value, about.name, about.version, summary or "")
 
 
 def load_value(value: str) -> Any:

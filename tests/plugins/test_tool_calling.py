@@ -208,7 +208,7 @@ class Recorder:
 @pytest.mark.parametrize(
     ("choice", "parallel", "names", "most"),
     [
-        ("required", True, ["math.sqrt", "now"], None),
+        ("required", True, ["math.sqrt", "now"], 16),
         ("required", False, ["math.sqrt", "now"], 1),
         ({"type": "function", "function": {"name": "now"}}, True, ["now"], 1),
     ],
@@ -221,7 +221,7 @@ def test_a_forced_turn(tools, choice, parallel, names, most):
     ((asked,),) = [grammar.asked]
     schema = asked["json_schema"]["schema"]
     items = schema["items"].get("anyOf", [schema["items"]])
-    assert [one["properties"]["name"]["const"] for one in items] == names and schema.get("maxItems") == most
+    assert [one["properties"]["name"]["const"] for one in items] == names and schema["maxItems"] == most
     opened = tools.codec.encode("<think>\n", add_special_tokens=False)  # a grammar leaves no room for reasoning
     found = read(turn.parser(opened), '[{"name": "now", "arguments": {}}]')
     assert [call["function"]["name"] for call in found["tool_calls"]] == ["now"] and found["content"] == ""

@@ -4,6 +4,7 @@ import json
 
 import openai
 import pytest
+from jsonschema import Draft202012Validator
 
 MODEL = "tiny-chat"
 ASKED = [{"role": "user", "content": "Call math.sqrt with 16"}]
@@ -102,6 +103,39 @@ def test_responses(client):
     given = [{"type": "function_call_output", "call_id": call.call_id, "output": "4.0"}]
     second = client.responses.create(model=MODEL, input=given, previous_response_id=first.id, tools=flat, temperature=0)
     assert second.output_text == "The result is 4.0."
+
+
+# ---- forced calls
+
+
+@pytest.fixture(scope="module")
+def forcing(start_server):
+    pytest.importorskip("kernel_guided_decoding", reason="nothing provides grammars")
+    server = start_server("--set", "plugins.tool_calling={}", "--set", "plugins.guided_decoding={}")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("question", ["Call math.sqrt with 16", "Hello!"])
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"math.sqrt", "math.pow"}),
+        ({"type": "function", "function": {"name": "math.pow"}}, {"math.pow"}),
+    ],
+)
+def test_a_forced_call_whole_and_streamed(forcing, question, choice, names):
+    given = dict(messages=[{"role": "user", "content": question}], tool_choice=choice, parallel_tool_calls=False, max_tokens=200)
+    whole = ask(forcing, **given).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    ((name, arguments),) = called(whole.message)
+    parameters = next(one["function"]["parameters"] for one in TOOLS if one["function"]["name"] == name)
+    assert name in names and Draft202012Validator(parameters).is_valid(arguments)
+    if question != "Hello!" and choice == "required":
+        assert (name, arguments) == CALL
+    pieces = [p for chunk in ask(forcing, stream=True, **given) for p in chunk.choices[0].delta.tool_calls or ()]
+    assert [piece.function.name for piece in pieces if piece.function.name] == [name]
+    assert json.loads("".join(piece.function.arguments or "" for piece in pieces)) == arguments
 
 
 # ---- other clients

@@ -19,6 +19,7 @@ from kernel_tool_calling.source import Reading
 
 ALPHABET = string.ascii_letters + string.digits
 ID_LENGTH = 9  # what the strictest chat templates take
+MOST_FORCED = 16  # calls in one forced answer: a model that has nothing to call repeats itself
 TAIL = 16  # tokens at the end of a prompt in which an opening tag is looked for
 
 
@@ -129,8 +130,8 @@ def calls_schema(tools: Mapping[str, Schema], several: bool) -> dict[str, Any]:
         }
         for name, schema in tools.items()
     ]
-    limits = {"minItems": 1} if several else {"minItems": 1, "maxItems": 1}
-    return {"type": "array", "items": calls[0] if len(calls) == 1 else {"anyOf": calls}, **limits}
+    items = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": MOST_FORCED if several else 1}
 
 
 @dataclass
