@@ -66,8 +66,8 @@ def _describe(kind: str, point: metadata.EntryPoint) -> Found:
     about = point.dist
     if about is None:
         return Found(kind, point.name, point.value, "unknown", "0")
-    summary = about.metadata["Summary"] if "Summary" in about.metadata else ""  # a missing key may raise
-    return Found(kind, point.name, point.value, about.name, about.version, summary or "")
+    summary = about.metadata.get("Summary") or ""  # the back port's [] raises for a missing key
+    return Found(kind, point.name, point.value, about.name, about.version, summary)
 
 
 def load_value(value: str) -> Any:
