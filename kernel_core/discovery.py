@@ -66,7 +66,7 @@ def _describe(kind: str, point: metadata.EntryPoint) -> Found:
     about = point.dist
     if about is None:
         return Found(kind, point.name, point.value, "unknown", "0")
-    summary = about.metadata.get("Summary") or ""  # the back port's [] raises for a missing key
+    summary = (about.metadata.get_all("Summary") or [""])[0]  # the back port's [] raises for a missing key
     return Found(kind, point.name, point.value, about.name, about.version, summary)
 
 
