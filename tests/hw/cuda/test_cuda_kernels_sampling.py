@@ -85,6 +85,16 @@ def test_rows_with_all_settings(device):
     check(device, torch.randn(24, 700, device=device) * 3, settings(device, 24))
 
 
+def test_rows_of_several_parts(device, monkeypatch):
+    """Flat and peaked rows, with lists that are long enough and one that is not."""
+    torch.manual_seed(4)
+    monkeypatch.setattr(sampling, "PART", 256)
+    scale = torch.tensor([0.01, 0.3, 1, 4, 30, 200], device=device).repeat(3)[:, None]
+    check(device, torch.randn(18, 700, device=device) * scale, settings(device, 18))
+    monkeypatch.setattr(sampling, "ROOM", 64)
+    check(device, torch.randn(18, 700, device=device) * scale, settings(device, 18))
+
+
 def test_equal_logits(device):
     """Rows of few distinct values: ties at every threshold."""
     torch.manual_seed(1)

@@ -1,4 +1,5 @@
-"""Sampling without sorting: a program per row finds what top_k and top_p keep by narrowing a threshold, then draws.
+"""Sampling without sorting. A row is cut into parts. A histogram of the logits below the row's peak bounds which of them decide
+what top_k and top_p keep; those are listed, and the exact threshold is found among them by narrowing. Then every part draws.
 
 Same tokens as the kernel's own sampler: logits / temperature, then min_p, top_k, top_p, then the largest of what is kept plus
 "gumbel-fmix32/1" noise of (key, position, token). Logits are compared as integers in their order, so thresholds are exact;
@@ -19,7 +20,10 @@ _GOLDEN, _SECOND = constexpr(0x9E3779B9), constexpr(0x7F4A7C15)
 _MIX1, _MIX2 = constexpr(0x85EBCA6B), constexpr(0xC2B2AE35)
 _LOWEST = constexpr(-2147483648)
 _NAN = constexpr(2147483647)
-BLOCK = 4096
+GREEDY, BY_ROW, BY_SLOT = constexpr(0), constexpr(1), constexpr(2)  # where a row's settings come from
+PART = 4096  # tokens that one program looks at
+BINS = 512  # of the histogram of logits below a row's peak
+ROOM = 16384  # tokens among which a row's thresholds are searched; more are searched slowly
 
 
 @triton.jit
@@ -76,20 +80,6 @@ def _weight(z, best, EXACT: tl.constexpr):
     if EXACT:
         return (libdevice.exp(z - best) * 1073741824.0).to(tl.int32)
     return (tl.exp(z - best) * 1073741824.0).to(tl.int32)
-
-
-@triton.jit
-def _largest(row, V, temperature, BLOCK: tl.constexpr):
-    """The largest logit's key, and the first token that has it."""
-    top = tl.full([BLOCK], _LOWEST, tl.int32)
-    where = tl.full([BLOCK], _NAN, tl.int32)
-    for start in tl.range(0, V, BLOCK, num_stages=3):
-        token = start + tl.arange(0, BLOCK)
-        key = tl.where(token < V, _ordered(_scaled(row, token, V, temperature)), _LOWEST)
-        where = tl.where(key > top, token, where)
-        top = tl.maximum(key, top)
-    best = tl.max(top, 0)
-    return best, tl.min(tl.where(top == best, where, _NAN), 0)
 
 
 @triton.jit
@@ -176,72 +166,206 @@ def _pth(row, V, temperature, best, floor, is_ranked, k, share, EXACT: tl.conste
 
 
 @triton.jit
-def _draw(row, V, temperature, floor, a, b, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """The token whose logit plus noise is largest, of those from `floor` on."""
-    top = tl.full([BLOCK], _LOWEST, tl.int32)
-    where = tl.full([BLOCK], _NAN, tl.int32)
-    for start in tl.range(0, V, BLOCK, num_stages=3):
-        token = start + tl.arange(0, BLOCK)
-        z = _scaled(row, token, V, temperature)
-        keep = (token < V) & (_ordered(z) >= floor)
-        key = tl.where(keep, _ordered(_noise(token, a, b, EXACT) + z), _LOWEST)
-        where = tl.where(key > top, token, where)
-        top = tl.maximum(key, top)
-    best = tl.max(top, 0)
-    return tl.min(tl.where(top == best, where, _NAN), 0)
+def _peak_part(logits, slot, temperatures, peaks, table, found, V, stride, parts, BINS: tl.constexpr, PART: tl.constexpr):
+    """The largest key of a part of a row; and the row's histogram and list are emptied."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature = tl.load(temperatures + tl.load(slot + n))
+    token = part * PART + tl.arange(0, PART)
+    z = _scaled(logits + n * stride, token, V, tl.where(temperature > 0, temperature, 1.0))
+    tl.store(peaks + n * parts + part, tl.max(tl.where(token < V, _ordered(z), _LOWEST), 0))
+    bins = tl.arange(0, BINS)
+    tl.store(table + n * BINS + bins, 0, mask=bins % parts == part)
+    tl.store(found + n, 0, mask=part == 0)
 
 
 @triton.jit
-def _argmax(logits, out, best_out, V, stride, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    best, token = _largest(logits + n * stride, V, 1.0, BLOCK)
-    tl.store(out + n, token.to(tl.int64))
-    tl.store(best_out + n, _value(best))
-
-
-@triton.jit
-def _sample(
-    logits, slot, position, temperatures, min_ps, top_ks, top_ps, keys, out, bad, V, stride,
-    FILTERS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    row = logits + n * stride
+def _settings(n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP: tl.constexpr, EXACT: tl.constexpr):
+    """Of a row: temperature, the peak's key, the key that min_p keeps from, top_k (0: off), top_p, and whether they matter."""
     s = tl.load(slot + n)
-    temperature = tl.load(temperatures + s)
-    is_random = temperature > 0
-    temperature = tl.where(is_random, temperature, 1.0)
-    best, token = _largest(row, V, temperature, BLOCK)
+    part = tl.arange(0, PP)
+    best = tl.max(tl.load(peaks + n * parts + part, mask=part < parts, other=_LOWEST), 0)
     peak = _value(best)
-    is_bad = (best == _NAN) | (peak == float("-inf"))
-    if is_random & (is_bad == 0):
-        floor = best * 0 + _LOWEST
-        if FILTERS:
-            min_p, k, share = tl.load(min_ps + s), tl.load(top_ks + s), tl.load(top_ps + s)
-            if min_p > 0:
-                if EXACT:
-                    floor = _ordered(peak + libdevice.log(min_p))
-                else:
-                    floor = _ordered(peak + tl.log(min_p))
-            is_ranked = (k > 0) & (k < V)
+    temperature, min_p = tl.load(temperatures + s), tl.load(min_ps + s)
+    k, share = tl.load(top_ks + s), tl.load(top_ps + s)
+    k = tl.where(k < V, tl.maximum(k, 0), 0)
+    if EXACT:
+        floor = _ordered(peak + libdevice.log(min_p))
+    else:
+        floor = _ordered((peak + tl.log(tl.maximum(min_p, 1e-38))).to(tl.float32))
+    floor = tl.where(min_p > 0, floor, _LOWEST)
+    usable = (best != _NAN) & (peak > float("-inf")) & (temperature > 0)
+    return tl.where(temperature > 0, temperature, 1.0), best, floor, k, share, usable & ((k > 0) | (share < 1) | (min_p > 0))
+
+
+@triton.jit
+def _bin(z, peak, BINS: tl.constexpr):
+    """How far below the peak, in steps of 1 / 16; the last bin takes the rest. Falls with z."""
+    return tl.minimum((peak - z) * 16.0, BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def _coarse(
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, V, stride, parts,
+    BINS: tl.constexpr, PART: tl.constexpr, PP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Counts by bin of what min_p keeps, and the weight of a part."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature, best, floor, k, share, matters = _settings(
+        n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
+    )
+    if matters & ((k > 0) | (share < 1)):
+        token = part * PART + tl.arange(0, PART)
+        z = _scaled(logits + n * stride, token, V, temperature)
+        keep = (token < V) & (_ordered(z) >= floor)
+        peak = _value(best)
+        weight = tl.where(keep, _weight(z, peak, EXACT), 0).to(tl.int64)
+        tl.store(mass + n * parts + part, tl.sum(weight, 0))
+        place = tl.where(keep, _bin(tl.where(keep, z, peak), peak, BINS), BINS)
+        count = tl.histogram(place, 2 * BINS)  # what is not kept goes beyond the bins
+        bins = tl.arange(0, 2 * BINS)
+        tl.atomic_add(table + n * BINS + bins, count, mask=(bins < BINS) & (count > 0), sem="relaxed")
+
+
+@triton.jit
+def _last_bin(table, n, k, share, BINS: tl.constexpr):
+    """The bin down to which the tokens decide what top_k and top_p keep, how many tokens that are, and whether top_k counts
+    (fewer tokens than k may be left). The bins' edges bound the weights in them."""
+    bins = tl.arange(0, BINS)
+    count = tl.load(table + n * BINS + bins)
+    below = tl.cumsum(count, 0)
+    is_ranked = (k > 0) & (tl.max(below, 0) >= k)
+    wide = count.to(tl.float32)
+    least = tl.cumsum(wide * tl.exp((bins + 1) * -0.0625), 0)
+    most = wide * tl.exp(bins * -0.0625)
+    tail = tl.sum(most, 0) - tl.cumsum(most, 0)
+    enough = tl.where(is_ranked, below >= k, least * (1 - share) * 0.98 > (tail + 1e-4 * tl.sum(most, 0)) * share * 1.02)
+    last = tl.min(tl.where(enough, bins, BINS - 1), 0)
+    return last, tl.sum(tl.where(bins <= last, count, 0), 0), is_ranked
+
+
+@triton.jit
+def _compact(
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, found, listed, V, stride, parts,
+    BINS: tl.constexpr, PART: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """List the keys of the tokens that decide, in any order."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature, best, floor, k, share, matters = _settings(
+        n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
+    )
+    if matters & ((k > 0) | (share < 1)):
+        last, count, _ranked = _last_bin(table, n, k, share, BINS)
+        if count <= ROOM:
+            token = part * PART + tl.arange(0, PART)
+            z = _scaled(logits + n * stride, token, V, temperature)
+            key = _ordered(z)
+            peak = _value(best)
+            keep = (token < V) & (key >= floor)
+            keep = keep & (_bin(tl.where(keep, z, peak), peak, BINS) <= last)
+            chosen = keep.to(tl.int32)
+            total = tl.sum(chosen, 0)
+            if total > 0:
+                begin = tl.atomic_add(found + n, total, sem="relaxed")
+                tl.store(listed + n * ROOM + begin + tl.cumsum(chosen, 0) - 1, key, mask=keep)
+
+
+@triton.jit
+def _list_kth(keys, k, low, high):
+    """The largest key that k of the keys reach."""
+    while low < high:
+        p1, p2, p3 = _pivots(low, high)
+        n1, n2 = tl.sum((keys >= p1).to(tl.int32), 0), tl.sum((keys >= p2).to(tl.int32), 0)
+        n3 = tl.sum((keys >= p3).to(tl.int32), 0)
+        low, high = _narrow(low, high, p1, p2, p3, n1 >= k, n2 >= k, n3 >= k)
+    return low
+
+
+@triton.jit
+def _list_pth(keys, weights, wanted, low, high):
+    """The largest key from which on the weights reach `wanted`."""
+    while low < high:
+        p1, p2, p3 = _pivots(low, high)
+        m1, m2 = tl.sum(tl.where(keys >= p1, weights, 0), 0), tl.sum(tl.where(keys >= p2, weights, 0), 0)
+        m3 = tl.sum(tl.where(keys >= p3, weights, 0), 0)
+        low, high = _narrow(
+            low, high, p1, p2, p3,
+            m1.to(tl.float64) >= wanted, m2.to(tl.float64) >= wanted, m3.to(tl.float64) >= wanted,
+        )  # fmt: skip
+    return low
+
+
+@triton.jit
+def _floors(
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, listed, floors, V, stride, parts,
+    BINS: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The key from which on each row keeps its tokens. A row whose list is too long is searched as a whole, slowly."""
+    n = tl.program_id(0).to(tl.int64)
+    temperature, best, floor, k, share, matters = _settings(
+        n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
+    )
+    if matters & ((k > 0) | (share < 1)):
+        _last, count, is_ranked = _last_bin(table, n, k, share, BINS)
+        peak = _value(best)
+        if count <= ROOM:
+            place = tl.arange(0, ROOM)
+            keys = tl.load(listed + n * ROOM + place, mask=place < count, other=_LOWEST)
+            held = place < count
+            weights = tl.where(held, _weight(tl.where(held, _value(keys), peak), peak, EXACT), 0).to(tl.int64)
+            part = tl.arange(0, PP)
+            total = tl.sum(tl.load(mass + n * parts + part, mask=part < parts, other=0), 0)
+            lowest = tl.min(tl.where(held, keys, best), 0)
             if is_ranked:
-                kth = _kth(row, V, temperature, best, k, BLOCK)
-                is_ranked = kth >= floor
-                floor = tl.maximum(floor, kth)
+                floor = _list_kth(keys, k, lowest, best)
+                above = tl.sum((keys > floor).to(tl.int32), 0)
+                same = _weight(_value(floor), peak, EXACT).to(tl.int64)
+                total = tl.sum(tl.where(keys > floor, weights, 0), 0) + (k - above).to(tl.int64) * same
+            if share < 1:
+                wanted = share.to(tl.float64) * total.to(tl.float64)
+                floor = _list_pth(keys, weights, wanted, tl.maximum(floor, lowest), best)
+        else:
+            row = logits + n * stride
+            if is_ranked:
+                floor = tl.maximum(floor, _kth(row, V, temperature, best, k, BLOCK))
             if share < 1:
                 floor = _pth(row, V, temperature, best, floor, is_ranked, k, share, EXACT, BLOCK)
-        low, high = tl.load(keys + 2 * s).to(tl.uint32), tl.load(keys + 2 * s + 1).to(tl.uint32)
-        a, b = _row_words(low, high, tl.load(position + n).to(tl.uint32))
-        token = _draw(row, V, temperature, floor, a, b, EXACT, BLOCK)
-    tl.store(out + n, token.to(tl.int64))
-    tl.store(bad + n, is_bad)
+    tl.store(floors + n, floor)
 
 
 @triton.jit
-def _draw_rows(logits, keys, position, out, V, stride, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _draw_part(
+    logits, slot, position, temperatures, keys, floors, best_out, token_out, V, stride, parts,
+    MODE: tl.constexpr, FILTERS: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The token of a part whose logit, plus noise where the row is random, is largest of those that are kept."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s = tl.load(slot + n) if MODE == BY_SLOT else n
+    temperature = tl.load(temperatures + s) if MODE == BY_SLOT else (1.0 if MODE == BY_ROW else 0.0)
+    token = part * PART + tl.arange(0, PART)
+    z = _scaled(logits + n * stride, token, V, tl.where(temperature > 0, temperature, 1.0))
+    keep = token < V
+    if FILTERS:
+        keep = keep & (_ordered(z) >= tl.load(floors + n))
+    if (temperature > 0) & (tl.max(keep.to(tl.int32), 0) > 0):
+        low, high = tl.load(keys + 2 * s).to(tl.uint32), tl.load(keys + 2 * s + 1).to(tl.uint32)
+        a, b = _row_words(low, high, tl.load(position + n).to(tl.uint32))
+        z = z + _noise(token, a, b, EXACT)
+    key = tl.where(keep, _ordered(z), _LOWEST)
+    best = tl.max(key, 0)
+    tl.store(best_out + n * parts + part, best)
+    tl.store(token_out + n * parts + part, tl.min(tl.where(key == best, token, _NAN), 0))
+
+
+@triton.jit
+def _pick(best, token, out, bad, parts, PP: tl.constexpr):
+    """The first of a row's best tokens, and whether it was usable."""
     n = tl.program_id(0).to(tl.int64)
-    low, high = tl.load(keys + 2 * n).to(tl.uint32), tl.load(keys + 2 * n + 1).to(tl.uint32)
-    a, b = _row_words(low, high, tl.load(position + n).to(tl.uint32))
-    tl.store(out + n, _draw(logits + n * stride, V, 1.0, _LOWEST, a, b, EXACT, BLOCK).to(tl.int64))
+    part = tl.arange(0, PP)
+    keys = tl.load(best + n * parts + part, mask=part < parts, other=_LOWEST)
+    tokens = tl.load(token + n * parts + part, mask=part < parts, other=_NAN)
+    largest = tl.max(keys, 0)
+    tl.store(out + n, tl.min(tl.where(keys == largest, tokens, _NAN), 0).to(tl.int64))
+    tl.store(bad + n, (largest == _NAN) | (_value(largest) == float("-inf")))
 
 
 # ---- launches ----------------------------------------------------------------------------------------------------
@@ -252,24 +376,36 @@ def _is_exact() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
+def _scratch(logits: torch.Tensor, columns: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(logits.shape[0], columns, dtype=dtype, device=logits.device)
+
+
+def _finish(
+    logits: torch.Tensor, mode: constexpr, slot: torch.Tensor, position: torch.Tensor, temperature: torch.Tensor,
+    key: torch.Tensor, floors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Two launches: every part's best token, then the row's → tokens int64 [N], bad bool [N]."""
+    count, vocab = logits.shape
+    parts = triton.cdiv(vocab, PART)
+    tokens, bad = (torch.empty(count, dtype=kind, device=logits.device) for kind in (torch.int64, torch.bool))
+    if count:
+        best, token = (_scratch(logits, parts) for _ in range(2))
+        _draw_part[(count, parts)](
+            logits, slot, position, temperature, key, slot if floors is None else floors, best, token, vocab, logits.stride(0),
+            parts, MODE=mode.value, FILTERS=floors is not None, EXACT=_is_exact(), PART=PART, num_warps=8,
+        )  # fmt: skip
+        _pick[(count,)](best, token, tokens, bad, parts, PP=triton.next_power_of_2(parts), num_warps=1)
+    return tokens, bad
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """[N, V] any float dtype → int64 [N]: the first of the largest; NaN counts as largest."""
-    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    best = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    if logits.shape[0]:
-        _argmax[(logits.shape[0],)](logits, out, best, logits.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=16)
-    return out
+    return _finish(logits, GREEDY, logits, logits, logits, logits)[0]
 
 
 def draw(logits: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """As `draws.draw`: logits [n, V] float32 (−inf: not allowed), key int32 [n, 2], position int [n] → int64 [n]."""
-    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    if logits.shape[0]:
-        _draw_rows[(logits.shape[0],)](
-            logits, key.contiguous(), position, out, logits.shape[1], logits.stride(0),
-            EXACT=_is_exact(), BLOCK=BLOCK, num_warps=16,
-        )  # fmt: skip
-    return out
+    return _finish(logits, BY_ROW, logits, position, logits, key.contiguous())[0]
 
 
 def sample(
@@ -279,13 +415,27 @@ def sample(
     """Every logits row as its slot asks: logits [N, V] any float dtype, after all transforms but temperature; slot int64 [N],
     position int64 [N]; of the slots temperature float32 [S] (0: greedy), min_p float32 (0: off), top_k int32 (0: off), top_p
     float32 (1: off), key int32 [S, 2]. `filters` False: no row of the batch uses min_p, top_k or top_p. → tokens int64 [N],
-    and bool [N] where the row had NaN or nothing allowed. One launch, capturable, no host read."""
+    and bool [N] where the row had NaN or nothing allowed. Two launches, six with filters; capturable, no host read."""
+    floors = _kept_from(logits, slot, temperature, min_p, top_k, top_p) if filters and len(logits) else None
+    return _finish(logits, BY_SLOT, slot, position, temperature, key, floors)
+
+
+def _kept_from(
+    logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor,
+    top_p: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The keys int32 [N] of the smallest scaled logits that the rows keep."""
     count, vocab = logits.shape
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
-    bad = torch.empty(count, dtype=torch.bool, device=logits.device)
-    if count:
-        _sample[(count,)](
-            logits, slot, position, temperature, min_p, top_k, top_p, key, tokens, bad, vocab, logits.stride(0),
-            FILTERS=filters, EXACT=_is_exact(), BLOCK=BLOCK, num_warps=16,
-        )  # fmt: skip
-    return tokens, bad
+    parts = triton.cdiv(vocab, PART)
+    peaks, table, found, listed, floors = (_scratch(logits, n) for n in (parts, BINS, 1, ROOM, 1))
+    mass = _scratch(logits, parts, torch.int64)
+    grid, padded, exact = (count, parts), triton.next_power_of_2(parts), _is_exact()
+    settings = (logits, slot, temperature, min_p, top_k, top_p, peaks, table)
+    sizes = (vocab, logits.stride(0), parts)
+    _peak_part[grid](logits, slot, temperature, peaks, table, found, *sizes, BINS=BINS, PART=PART, num_warps=8)
+    _coarse[grid](*settings, mass, *sizes, BINS=BINS, PART=PART, PP=padded, EXACT=exact, num_warps=8)
+    _compact[grid](*settings, found, listed, *sizes, BINS=BINS, PART=PART, PP=padded, ROOM=ROOM, EXACT=exact, num_warps=8)
+    _floors[(count,)](
+        *settings, mass, listed, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART, num_warps=16
+    )
+    return floors
