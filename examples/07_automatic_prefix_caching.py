@@ -1,4 +1,5 @@
 """Two questions over one long table: the second one only computes what is new.
+The embedded model was not taught to read tables: a larger one answers 29 and 30.
 
 python examples/07_automatic_prefix_caching.py [--model NAME]
 """
