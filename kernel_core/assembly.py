@@ -186,7 +186,7 @@ def engine_parts(engine: Registry, report: WorkerReport, allocation: Allocation)
     return EngineParts(
         policies=tuple(engine.call("make_policy", context)),
         resources=tuple(made for _, made in engine.call("make_resource", context)),
-        observers=tuple(made for _, made in engine.call("make_observer")),
+        observers=tuple(made for _, made in engine.call("make_observer", context)),
         prefix_index=index,
         connector=None if connector is None else connector[1],
         calls={f"{p}.{name}": call for p, calls in engine.call("register_calls", context) for name, call in calls.items()},

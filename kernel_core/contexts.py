@@ -38,7 +38,8 @@ class BuildContext:
     kernel's; `service("grammar/1", Grammar)` gives the provider of a service the manifest requires, checked against the
     Protocol of what this plugin uses of it (leave it out to take it as it is); None where nobody provides a service that the
     manifest only `uses`. `shared` is one dict for all hooks of this plugin in this part. `ask("hook", **arguments)` calls a hook
-    that this plugin declared (`add_hookspecs`): (plugin, answer) of all that implement it, each with its own context."""
+    that this plugin declared (`add_hookspecs`): (plugin, answer) of all that implement it, each with its own context.
+    `explanation`: who takes part, in which order, and why, line by line, as `kernel plugins --explain` prints it."""
 
     plugin: str
     part: Part
@@ -48,6 +49,7 @@ class BuildContext:
     service: Callable[..., Any]
     shared: dict[str, Any] = field(default_factory=dict, kw_only=True)
     ask: Callable[..., list[tuple[str, Any]]] = field(default=_no_hooks, kw_only=True)
+    explanation: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

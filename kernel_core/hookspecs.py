@@ -169,9 +169,9 @@ def make_checkpoint(context: BuildContext) -> CheckpointFormat:
 
 
 @hookspec
-@home("engine", "worker", composes="all")
-def make_observer(context: BuildContext) -> Observer:
-    """Watch steps and requests."""
+@home("engine", composes="all")
+def make_observer(context: EngineContext) -> Observer:
+    """Watch steps and requests. What is measured is read by a registered call of the engine part, through `context.shared`."""
     raise NotImplementedError
 
 

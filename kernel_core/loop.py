@@ -102,7 +102,7 @@ class Outlet:
         self._checked = False
         if self._observers:
             s = self._scheduler
-            record = StepRecord(plan, result, planned_at, time.monotonic(), s.running, s.waiting, s.free_blocks)
+            record = StepRecord(plan, result, planned_at, time.monotonic(), s.running, s.waiting, s.free_blocks, s.preemptions)
             self._call(lambda observer: observer.step(record))
         self._tell_finished()
 

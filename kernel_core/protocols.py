@@ -282,6 +282,7 @@ class StepRecord:
     running: int
     waiting: int
     free_blocks: tuple[int, ...]
+    preemptions: int = 0  # since the start
 
 
 @dataclass(frozen=True, slots=True)

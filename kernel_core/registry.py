@@ -163,7 +163,14 @@ class Registry:
             section = validate_section(plugin, self._manifests[plugin].section, values if isinstance(values, Mapping) else {})
             service = partial(self._service_for, plugin)
             self._contexts[plugin] = BuildContext(
-                plugin, self.part, section, self.plan.config, self.model, service, ask=partial(self._ask, plugin)
+                plugin,
+                self.part,
+                section,
+                self.plan.config,
+                self.model,
+                service,
+                ask=partial(self._ask, plugin),
+                explanation=self.plan.explanation,
             )
         return self._contexts[plugin]
 
