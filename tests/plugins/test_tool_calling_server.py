@@ -116,23 +116,36 @@ def forcing(start_server):
         yield client
 
 
-@pytest.mark.parametrize("question", ["Call math.sqrt with 16", "Hello!"])
+SWITCH = tool("switch")
+SWITCH["function"]["parameters"] = {
+    "type": "object",
+    "properties": {"lamp": {"enum": ["red", "green"]}, "on": {"type": "boolean"}},
+    "required": ["lamp", "on"],
+    "additionalProperties": False,
+}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
 @pytest.mark.parametrize(
-    ("choice", "names"),
+    ("question", "choice", "wanted"),
     [
-        ("required", {"math.sqrt", "math.pow"}),
-        ({"type": "function", "function": {"name": "math.pow"}}, {"math.pow"}),
+        ("Call math.sqrt with 16", "required", CALL),
+        ("Call math.pow with 2 and 10", named("math.pow"), ("math.pow", {"x": 2, "y": 10})),
+        ("Hello!", named("switch"), ("switch", None)),  # nothing in the question asks for it
     ],
 )
-def test_a_forced_call_whole_and_streamed(forcing, question, choice, names):
-    given = dict(messages=[{"role": "user", "content": question}], tool_choice=choice, parallel_tool_calls=False, max_tokens=200)
+def test_a_forced_call_whole_and_streamed(forcing, question, choice, wanted):
+    given = dict(messages=[{"role": "user", "content": question}], tools=[*TOOLS, SWITCH], tool_choice=choice, max_tokens=100)
+    given["parallel_tool_calls"] = False
     whole = ask(forcing, **given).choices[0]
     assert whole.finish_reason == "tool_calls" and whole.message.content is None
     ((name, arguments),) = called(whole.message)
-    parameters = next(one["function"]["parameters"] for one in TOOLS if one["function"]["name"] == name)
-    assert name in names and Draft202012Validator(parameters).is_valid(arguments)
-    if question != "Hello!" and choice == "required":
-        assert (name, arguments) == CALL
+    assert name == wanted[0] and arguments == (wanted[1] or arguments)
+    if name == "switch":
+        assert Draft202012Validator(SWITCH["function"]["parameters"]).is_valid(arguments)
     pieces = [p for chunk in ask(forcing, stream=True, **given) for p in chunk.choices[0].delta.tool_calls or ()]
     assert [piece.function.name for piece in pieces if piece.function.name] == [name]
     assert json.loads("".join(piece.function.arguments or "" for piece in pieces)) == arguments

@@ -63,5 +63,6 @@ class Grammar(Protocol):
     """What is used of the service "grammar/1"."""
 
     def response_format(self, response_format: Mapping[str, Any]) -> Mapping[str, Any]:
-        """OpenAI's `response_format` → request fields. Raises RequestError for what it cannot honour. Rate: request."""
+        """OpenAI's `response_format` → request fields. Raises RequestError for what it cannot honour. Its JSON should have one
+        fixed spacing: a model that is free to choose may write space without end. Rate: request."""
         ...
