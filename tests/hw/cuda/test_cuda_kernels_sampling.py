@@ -10,6 +10,14 @@ GPU = torch.cuda.is_available()
 MASK = (1 << 32) - 1
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """In the interpreter: vocabularies of one part and a bit, and lists that fit what is drawn here."""
+    if not GPU:
+        monkeypatch.setattr(sampling, "PART", 512)
+        monkeypatch.setattr(sampling, "ROOM", 1024)
+
+
 def fmix(x):
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
@@ -82,23 +90,23 @@ def check(device, logits, given):
 
 
 def test_rows_with_all_settings(device):
-    check(device, torch.randn(24, 700, device=device) * 3, settings(device, 24))
+    check(device, torch.randn(16, 700, device=device) * 3, settings(device, 16))
 
 
 def test_rows_of_several_parts(device, monkeypatch):
     """Flat and peaked rows, with lists that are long enough and one that is not."""
     torch.manual_seed(4)
     monkeypatch.setattr(sampling, "PART", 256)
-    scale = torch.tensor([0.01, 0.3, 1, 4, 30, 200], device=device).repeat(3)[:, None]
-    check(device, torch.randn(18, 700, device=device) * scale, settings(device, 18))
+    scale = torch.tensor([0.01, 0.3, 1, 4, 30, 200], device=device).repeat(2)[:, None]
+    check(device, torch.randn(12, 700, device=device) * scale, settings(device, 12))
     monkeypatch.setattr(sampling, "ROOM", 64)
-    check(device, torch.randn(18, 700, device=device) * scale, settings(device, 18))
+    check(device, torch.randn(12, 700, device=device) * scale, settings(device, 12))
 
 
 def test_equal_logits(device):
     """Rows of few distinct values: ties at every threshold."""
     torch.manual_seed(1)
-    check(device, torch.randint(-3, 3, (16, 300), device=device).float(), settings(device, 16))
+    check(device, torch.randint(-3, 3, (10, 300), device=device).float(), settings(device, 10))
 
 
 def test_forbidden_tokens_and_half_precision(device):
