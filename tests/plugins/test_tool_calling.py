@@ -8,14 +8,26 @@ import pytest
 from jsonschema import Draft202012Validator
 from kernel_text.codec import Codec
 from kernel_tiny import tiny_chat
+from kernel_tool_calling import manifest
 from kernel_tool_calling.detection import chat_template, choose_format, choose_reasoning
 from kernel_tool_calling.formats import FORMATS
 from kernel_tool_calling.reasoning import TAGS
 from kernel_tool_calling.service import Tools, calls_schema
-from kernel_tool_calling.verbs import message
+from kernel_tool_calling.verbs import make_verbs, message
 from tokenizers import Tokenizer
 
-from kernel_core.api import LLM, ConfigError, ModelInfo, RequestError, SamplingParams, inspect_model, resolve
+from kernel_core.api import (
+    BuildContext,
+    CompletionOutput,
+    ConfigError,
+    KernelConfig,
+    ModelInfo,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    inspect_model,
+    resolve,
+)
 from kernel_core.registry import Registry
 
 SQRT = {
@@ -239,6 +251,7 @@ def special(tmp_path_factory):
     tokenizer = Tokenizer.from_file(str(tiny_chat() / "tokenizer.json"))
     tokenizer.add_special_tokens(MARKS)
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     return Codec(ModelInfo(str(folder), "none", {}))
 
 
@@ -335,15 +348,44 @@ def test_another_plugin_adds_a_format_and_tags(added, section):
     assert found["reasoning_content"] == "I call."
 
 
-# ---- without a server
+# ---- without a server (examples/23 runs two turns)
 
 
-def test_two_turns_offline():
-    with LLM("tiny-chat", device="cpu", config={"plugins": {"tool_calling": {}}, "engine": {"threads": 1}}) as llm:
-        (output,) = llm.chat(ASKED, tools=[SQRT], temperature=0, max_tokens=64)
-        answer = llm.read_answer(output, [SQRT])
-        (call,) = answer["tool_calls"]
-        assert call["function"] == {"name": "math.sqrt", "arguments": {"x": 16}} and len(call["id"]) == 9
-        messages = [*ASKED, answer, {"role": "tool", "tool_call_id": call["id"], "content": "4.0"}]
-        (output,) = llm.chat(messages, tools=[SQRT], temperature=0, max_tokens=64)
-        assert llm.read_answer(output, [SQRT]) == {"role": "assistant", "content": "The result is 4.0."}
+def verb(codec, form):
+    section = manifest.section(parser=form, reasoning_parser="none")
+    services = {"text/1": codec, "grammar/1": None}
+    context = BuildContext(
+        "tool_calling",
+        "face",
+        section,
+        KernelConfig(),
+        ModelInfo("/nowhere", "none", {}),
+        lambda name, protocol=None: services[name],
+        ask=lambda hook: [],
+    )
+    return lambda *given: make_verbs(context)["read_answer"](None, *given)
+
+
+@pytest.mark.parametrize("form", ["mistral", "deepseek_v3", "hermes"])
+def test_an_answer_is_read_without_a_server(special, form):
+    """Marks that are special tokens are not in the text: the tokens have them."""
+    texts = {
+        "mistral": '[TOOL_CALLS]math.sqrt[ARGS]{"x": 16}',
+        "hermes": '<tool_call>{"name": "math.sqrt", "arguments": {"x": 16}}</tool_call>',
+        "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>math.sqrt<｜tool▁sep｜>"
+        '{"x": 16}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    }
+    ids = special.encode(f"Well. {texts[form]}<|end|>", add_special_tokens=False)
+    one = CompletionOutput(0, special.decode(ids), ids, finish_reason="stop")
+    found = verb(special, form)(RequestOutput("1", None, [1], [one]), [SQRT])
+    (call,) = found["tool_calls"]
+    assert found["content"] == "Well." and len(call["id"]) == 9
+    arguments = '{"x": 16}' if form == "deepseek_v3" else {"x": 16}
+    assert call["function"] == {"name": "math.sqrt", "arguments": arguments}
+
+
+def test_arguments_that_were_cut_stay_text(special):
+    text = '<tool_call>{"name": "math.sqrt", "arguments": {"x": 1'
+    one = CompletionOutput(0, text, special.encode(text, add_special_tokens=False), finish_reason="length")
+    (call,) = verb(special, "hermes")(RequestOutput("1", None, [1], [one]), [SQRT])["tool_calls"]
+    assert call["function"]["arguments"] == '{"x": 1'

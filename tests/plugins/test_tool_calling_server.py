@@ -154,6 +154,7 @@ def test_a_forced_call_whole_and_streamed(forcing, question, choice, wanted):
 # ---- other clients
 
 
+@pytest.mark.slow
 def test_langchain_binds_a_function_and_continues_with_its_result(client):
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.tools import StructuredTool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from kernel_core.api import BuildContext, RequestOutput, Verb
@@ -12,7 +13,7 @@ from kernel_tool_calling.service import make_tools
 
 
 def make_verbs(context: BuildContext) -> Mapping[str, Verb]:
-    tools_of: list[Any] = []
+    provider = cache(lambda: make_tools(context))
 
     def read_answer(
         call: Any, output: RequestOutput, tools: Sequence[Mapping[str, Any]] = (), index: int = 0, parallel: bool = True
@@ -21,8 +22,7 @@ def make_verbs(context: BuildContext) -> Mapping[str, Verb]:
         tool_calls. Their arguments are objects, or the text itself where it is none, as chat templates take them. Append the
         message, then one {"role": "tool", "tool_call_id": ..., "content": ...} for each call. Raises RequestError for tools
         that are no functions."""
-        service = tools_of[0] if tools_of else make_tools(context)
-        tools_of[:] = [service]
+        service = provider()
         turn = service.begin((), tools, "auto" if tools else "none", parallel, {})
         one = output.outputs[index]
         raw = turn.fields.get("skip_special_tokens") is False
