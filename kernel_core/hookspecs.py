@@ -1,3 +1,5 @@
+# pyright: reportReturnType=false
+# Docstrings are the bodies here.
 """The hooks. pluggy validates and registers implementations; the kernel calls them at build time, one plugin at a time in
 resolved order, each with its own context, and prebinds what they return. Nothing here is called in a step.
 
@@ -66,7 +68,6 @@ def constrain(config: KernelConfig, section: Any) -> Sequence[Constraint]:
 
     Pure: reads the user's configuration and its own section, returns constraints, changes nothing. Called until nothing
     changes, before anything is built and before torch is imported."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -76,7 +77,6 @@ def add_hookspecs() -> ModuleType:
 
     Other plugins implement them with `@hookimpl(optionalhook=True)`, so that they also work where this one is absent; this
     plugin calls them by `BuildContext.ask`."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -86,7 +86,6 @@ def register_verbs(context: BuildContext) -> Mapping[str, Verb]:
     reaches the engine part, and then the user's arguments.
 
     Two plugins registering one verb, or one that `LLM` has, is a start-up error."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -96,7 +95,6 @@ def register_fields() -> Mapping[str, type]:
     pydantic model of named outputs}; either may be left out.
 
     Two plugins registering one field is a start-up error naming both."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -105,21 +103,18 @@ def register_calls(context: BuildContext) -> Mapping[str, Call]:
     """Calls that any process may make: {"name": bytes → bytes}, reached as "plugin.name" through the faces' `call`, run between
     two steps. Those of the worker part (`context.part`) run on every rank, one answer each; those of the engine part in the
     engine's thread, while steps may be in flight. A name belongs to one of the two."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("face", composes="chain")
 def prepare_request(context: BuildContext) -> RequestPreparer:
     """Make the object that turns this plugin's request fields into payloads, spans, identity, jobs, gates and resources."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("face", composes="all")
 def make_service(context: BuildContext, name: str) -> Any:
     """Build the provider of a service this plugin's manifest provides ("text/1"). The requirer's Protocol is checked."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -128,28 +123,24 @@ def make_policy(context: EngineContext) -> Policy:
     """Replace first-come-first-served: sort key, chunk size, victim.
 
     Of several policies the keys compare in resolved order, the smallest chunk counts, and the first names the victim."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("engine", composes="all")
 def make_resource(context: EngineContext) -> Resource:
     """Add something bounded that requests hold while they have a slot."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("engine", composes="exclusive")
 def make_prefix_index(context: EngineContext) -> PrefixIndex | None:
     """Find the KV of tokens that were computed before. None: there is nothing to find with these KV groups."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("engine", composes="exclusive")
 def make_connector(context: EngineContext) -> Connector | None:
     """Keep the KV blocks that a prefix index evicts somewhere else, and bring them back."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -158,28 +149,24 @@ def make_executor(context: BuildContext, plan: bytes) -> Executor:
     """Run workers somewhere else than in this process. Chosen by `executor = "<plugin>"` or by being the only one enabled.
 
     `plan` is the frozen plan as JSON: what `kernel_core.nn.api.open_worker` needs in the process of each rank."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("face", "worker", composes="keyed")
 def make_checkpoint(context: BuildContext) -> CheckpointFormat:
     """Read one checkpoint format."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("engine", composes="all")
 def make_observer(context: EngineContext) -> Observer:
     """Watch steps and requests. What is measured is read by a registered call of the engine part, through `context.shared`."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="exclusive")
 def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
     """Open the device. Only called on the plugin that `device = "..."` selected."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -187,63 +174,54 @@ def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
 def probe_device(section: Any) -> str | None:
     """Can this device run here? None: yes; otherwise the reason why not, in one line. Called by `device = "auto"`; may
     import nothing heavy and create no device context."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="all")
 def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
     """Register implementations of semantic ops, each with a predicate and a priority."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="all")
 def make_block_store(context: WorkerContext, blocks: BlockAccess) -> BlockStore:
     """The worker part of a connector: takes its jobs, and reads and writes KV blocks. Called once KV is allocated."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="keyed")
 def make_attention(context: WorkerContext) -> Sequence[AttentionBackend]:
     """Offer attention backends; the highest priority whose `supports(spec)` holds is taken per layer, at build."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="keyed")
 def make_weight_format(context: WorkerContext) -> WeightFormat:
     """Replace the parameters of linears before weights are loaded (quantised checkpoints and online quantisation)."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="chain")
 def wrap_module(context: WorkerContext, path: str, module: Any) -> Any | None:
     """Return a module to put in the place of `module` (a parallel layer, after weight formats), or None to leave it."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="one owner a name")
 def make_step_inputs(context: WorkerContext) -> StepInputs:
     """Declare named device inputs and fill them once per step."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="chain")
 def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
     """Change logits before sampling, in one of the four stages mask, bias, penalty, temperature. Sampling rank only."""
-    raise NotImplementedError
 
 
 @hookspec
 @home("worker", composes="exclusive")
 def make_drafter(context: WorkerContext) -> Drafter:
     """Propose draft tokens after each step; the kernel verifies them."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -252,4 +230,3 @@ def watch_steps(context: WorkerContext, models: Mapping[str, Any], probes: list[
     """Learn of the loaded modules ("model", and "drafter" where it has layers) and of where probes go. A plugin puts a probe into
     `probes` to measure steps and takes it out again, both between two steps (from a registered call); without one a step
     costs nothing. Called once a rank, when the weights are loaded."""
-    raise NotImplementedError

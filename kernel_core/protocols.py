@@ -1,3 +1,5 @@
+# pyright: reportReturnType=false
+# Docstrings are the bodies here.
 """Protocols that hooks return, torch-free side (face and engine). Worker-side ones are in `kernel_core.nn.protocols`.
 
 Rates: *build* (once), *request* (once per request), *step* (once per step), never per token. Step-rate methods of this
@@ -41,19 +43,15 @@ class Policy(Protocol):
 
     def key(self, request: RequestView) -> tuple[Any, ...]:
         """Sort key, smallest first; the kernel appends the arrival number. Rate: on arrival, on preemption, on refresh."""
-        ...
 
     def refresh(self) -> Sequence[str]:
         """Ids of waiting requests whose key changed since the last call. Rate: step."""
-        ...
 
     def chunk(self, request: RequestView, remaining: int, budget: int) -> int:
         """How many of the `remaining` uncomputed tokens to take now, 0..min(remaining, budget). Rate: per prefill row."""
-        ...
 
     def victim(self, running: Sequence[RequestView]) -> str:
         """Which running request loses its blocks when the pool is empty. Rate: on shortage only."""
-        ...
 
 
 @runtime_checkable
@@ -64,11 +62,9 @@ class Resource(Protocol):
 
     def reserve(self, request_id: str, want: Any) -> bool:
         """Try to take what the request asks (`Request.resources[name]`). False: not now. Rate: per admission attempt."""
-        ...
 
     def release(self, request_id: str) -> None:
         """Give it back; unknown ids are ignored. Rate: on closing of a slot, and when another resource refused."""
-        ...
 
 
 @dataclass(slots=True)
@@ -120,16 +116,13 @@ class PrefixIndex(Protocol):
         needed (and returned) that are still seen from position `w - recompute` on, where w is `tokens` rounded down to whole
         blocks: positions of the hit are computed again, and the kernel may do without the block that is used in part.
         Changes nothing but `memo`. Rate: request (each time it is tried, and for `RequestView.expected_hit`)."""
-        ...
 
     def opened(self, slot: int, request: PrefixRequest, hit: int) -> None:
         """The request runs in `slot`, and its first `hit` positions have their KV: it will compute the rest, and `match` may name
         it as owner of that. Not called for requests that offer nothing. Rate: request."""
-        ...
 
     def closed(self, slot: int) -> None:
         """It gave the slot up; nothing more is inserted from there. Its blocks are reported by `idle`. Rate: request."""
-        ...
 
     def insert(
         self, slots: np.ndarray, columns: np.ndarray, ids: Sequence[np.ndarray], tokens: np.ndarray
@@ -137,42 +130,33 @@ class PrefixIndex(Protocol):
         """Blocks were filled and committed: ids[g][i] is the block of slot slots[i] in column columns[i] (int [n]; columns of a
         slot ascending, without gaps from its hit on). `tokens` int32 [slots, positions]: all tokens by slot, valid during
         the call. → per group bool [n]: which blocks the index keeps from now on. Rate: step, only when a block was filled."""
-        ...
 
     def idle(self, group: int, ids: np.ndarray) -> None:
         """Nobody refers to these kept blocks any more; of one request, later columns first. Rate: step, when there are any."""
-        ...
 
     def used(self, group: int, ids: np.ndarray) -> None:
         """These idle blocks were matched and are referred to again. Rate: request."""
-        ...
 
     def evict(self, group: int, count: int) -> tuple[np.ndarray, Sequence[bytes]]:
         """Keep `count` of the idle blocks no longer: which (int [count], there are as many) and the key of each one's content.
         Rate: step, on shortage."""
-        ...
 
     def keys(self, request: PrefixRequest) -> Sequence[bytes]:
         """The keys of a request's full blocks, in order. Equal keys mean equal content, in this and in any other process.
         Rate: request, only with a connector."""
-        ...
 
     def restore(self, keys: Sequence[bytes], ids: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Blocks ids[g][i] (int) hold the content keys[i] again → per group bool [n]: which are kept from now on. Rate: load."""
-        ...
 
     def drop(self, group: int, ids: np.ndarray) -> None:
         """Their content is not to be trusted (a device lost or spoilt it): keep these kept blocks, idle or not, no longer.
         Rate: on such an event only."""
-        ...
 
     def reset(self) -> None:
         """Keep nothing, and forget the open slots: nothing is inserted from them any more. Rate: rare."""
-        ...
 
     def held(self, group: int) -> np.ndarray:
         """The blocks that are kept, int, any order: `check()` compares them with the pool. Rate: when idle."""
-        ...
 
 
 @runtime_checkable
@@ -184,24 +168,19 @@ class Connector(Protocol):
 
     def evicted(self, group: int, ids: np.ndarray, keys: Sequence[bytes]) -> None:
         """These blocks (int [n]) of a group will be overwritten by the plan that is being made. Rate: step, on shortage."""
-        ...
 
     def saves(self) -> Sequence[Job]:
         """Jobs that read what was evicted since the last call, for the plan that is being made. Rate: step."""
-        ...
 
     def find(self, keys: Sequence[bytes]) -> int:
         """How many of these keys, from the first on, are stored for every group. Rate: request."""
-        ...
 
     def load(self, keys: Sequence[bytes], ids: Sequence[np.ndarray]) -> Job:
         """A job that writes what is stored under keys[i] into block ids[g][i] of every group g. A failed one (Ack.error) costs
         time only: what its blocks hold is never used. Rate: request."""
-        ...
 
     def done(self, ack: Ack) -> None:
         """One of its jobs was acknowledged. Rate: job."""
-        ...
 
     # May also have `closing() -> bool`, rate once: the engine ends, and nothing runs any more. True: `evicted` then names all
     # blocks that the pools still keep, and the jobs that `saves` returns after it are done before the workers are closed.
@@ -213,7 +192,6 @@ class Handle(Protocol):
 
     def result(self) -> StepResult:
         """Wait for it. Raises EngineDeadError when a worker is gone. Called once, in order of submission."""
-        ...
 
 
 @runtime_checkable
@@ -222,23 +200,18 @@ class Executor(Protocol):
 
     def start(self) -> WorkerReport:
         """Open devices, build the model, load weights, measure memory. Rate: build. Raises CapacityError, PluginError."""
-        ...
 
     def allocate(self, allocation: Allocation) -> None:
         """Allocate KV and slots on every rank. Rate: build."""
-        ...
 
     def submit(self, plan: StepPlan) -> Handle:
         """Start a step and return at once where the device can; plans run in order. Rate: step."""
-        ...
 
     def call(self, method: str, payload: bytes) -> list[bytes]:
         """Run the registered call "plugin.name" on every rank between steps; one answer a rank. Rate: rare."""
-        ...
 
     def close(self) -> None:
         """Stop every rank; idempotent; never hangs longer than its own stated limit."""
-        ...
 
 
 @dataclass(slots=True)
@@ -268,7 +241,6 @@ class RequestPreparer(Protocol):
     def prepare(self, request: Prepared) -> None:
         """Read `request.fields`, add payloads, spans, identity, jobs, gates, resources. Raise RequestError (it becomes a
         400 for that request only). Rate: request."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,15 +275,12 @@ class Observer(Protocol):
 
     def added(self, arrival: Arrival) -> None:
         """Rate: request."""
-        ...
 
     def step(self, record: StepRecord) -> None:
         """Rate: step, after commit."""
-        ...
 
     def finished(self, request_id: str, reason: str, num_prompt: int, num_output: int) -> None:
         """Rate: request."""
-        ...
 
 
 @runtime_checkable
@@ -325,15 +294,12 @@ class TextCodec(Protocol):
     def token(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes:
         """What the token stands for in a text, which may be a part of a character. Rate: token of requests with logprobs."""
-        ...
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Messages to prompt token ids; options: tools, template, add_generation_prompt, template_args."""
-        ...
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> TextStream:
         """Start the incremental text of one completion."""
-        ...
 
 
 @runtime_checkable
@@ -343,11 +309,9 @@ class TextStream(Protocol):
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None, int]:
         """Feed new tokens, get (text that is final, matched stop string or None, how many of these tokens count).
         Half characters and possible beginnings of stop strings are held back."""
-        ...
 
     def flush(self) -> str:
         """What was held back, at the end of a completion that no stop string ended."""
-        ...
 
 
 @runtime_checkable
@@ -359,11 +323,9 @@ class CheckpointFormat(Protocol):
     def recognises(self, path: str) -> bool: ...
     def inspect(self, path: str) -> Any:
         """→ ModelInfo, without reading weights. Rate: build."""
-        ...
 
     def tensors(self, path: str) -> Any:
         """→ iterator of (name, torch tensor) in file order, memory-mapped where the format allows. Rate: build, reload."""
-        ...
 
 
 Call = Callable[[bytes], bytes]

@@ -162,16 +162,8 @@ class Registry:
             values = self.plan.config.plugins.get(plugin)
             section = validate_section(plugin, self._manifests[plugin].section, values if isinstance(values, Mapping) else {})
             service = partial(self._service_for, plugin)
-            self._contexts[plugin] = BuildContext(
-                plugin,
-                self.part,
-                section,
-                self.plan.config,
-                self.model,
-                service,
-                ask=partial(self._ask, plugin),
-                explanation=self.plan.explanation,
-            )
+            more = {"ask": partial(self._ask, plugin), "explanation": self.plan.explanation}
+            self._contexts[plugin] = BuildContext(plugin, self.part, section, self.plan.config, self.model, service, **more)
         return self._contexts[plugin]
 
     def _ask(self, plugin: str, hook: str, **arguments: Any) -> list[tuple[str, Any]]:

@@ -1,3 +1,5 @@
+# pyright: reportReturnType=false
+# Docstrings are the bodies here.
 """The worker-side contract: what models, devices, attention backends, transforms and drafters see and promise.
 
 Letters: R rows, T tokens of the step, N logits rows, m draft positions a row, S slots, V vocabulary, H hidden size.
@@ -91,28 +93,22 @@ class AttentionBackend(Protocol):
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
         """Rate: build."""
-        ...
 
     def bytes_per_block(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> int:
         """Rate: build. Exact."""
-        ...
 
     def allocate(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, num_blocks: int) -> Any:
         """One layer's KV storage, opaque to everybody else. Rate: build."""
-        ...
 
     def plan(self, batch: AttentionBatch, specs: Sequence[AttentionSpec]) -> Any:
         """What all layers of a group share in this step. Rate: step."""
-        ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv: Any, plan: Any, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """Write k, v [T, Hkv, D] at the planned slots, then attend q [T, Hq, D] → [T, Hq, Dv]. Rate: graph, per layer."""
-        ...
 
     def copy_kv(self, kv: Any, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
         """Copy single tokens between slots (int64 [n]) of one layer, as if all were read before any is written. Entries
         0 → 0 are padding. Rate: step."""
-        ...
 
     # May also have `prepared_forward(q, k, v, kv, plan, spec, sinks, heads: HeadPreparation)`, rate graph: `forward` of q and
     # k that it normalises and rotates itself; it may write into q, k and v. Layers use it where there is one.
@@ -130,11 +126,9 @@ class BlockAccess(Protocol):
 
     def read(self, group: int, ids: Sequence[int]) -> Tensor:
         """→ uint8 [n, bytes_per_block] on the host."""
-        ...
 
     def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
         """uint8 [n, bytes_per_block] on the host, as `read` gave it. From pinned memory the host does not wait for the copy."""
-        ...
 
 
 @runtime_checkable
@@ -143,11 +137,9 @@ class LongJob(Protocol):
 
     def done(self, wait: float) -> bool:
         """Has it ended, or does it within `wait` seconds? Rate: step."""
-        ...
 
     def finish(self) -> None:
         """Called once when it has ended, between two steps. What it raises is the error of its ack."""
-        ...
 
 
 class BlockStore(Protocol):
@@ -156,7 +148,6 @@ class BlockStore(Protocol):
     def job(self, data: bytes) -> LongJob | None:
         """Do a job of the connector before the forward of the plan it came with, or begin it. What it raises is the ack's
         error."""
-        ...
 
 
 # ---- model -------------------------------------------------------------------------------------------------------
@@ -217,15 +208,12 @@ class Model(Protocol):
 
     def forward(self, fwd: Forward) -> Tensor:
         """→ hidden states [T, H] after the final norm. Rate: graph."""
-        ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] → [N, V], in the model's dtype. Rate: graph."""
-        ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, H], scaled as the model does."""
-        ...
 
 
 # ---- ops ---------------------------------------------------------------------------------------------------------
@@ -245,15 +233,12 @@ class OpRegistry(Protocol):
         predicate: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> None:
         """Offer an implementation. `predicate` sees the static facts of the call site (dtype, sizes, weight format)."""
-        ...
 
     def resolve(self, name: str, **facts: Any) -> Callable[..., Any]:
         """The implementation for a call site. Raises PluginError when nothing, not even a reference, fits."""
-        ...
 
     def explain(self) -> Sequence[tuple[str, str, str]]:
         """(op, chosen owner, facts) of every choice made so far, for `kernel plugins --explain ops`."""
-        ...
 
 
 @runtime_checkable
@@ -264,7 +249,6 @@ class WeightFormat(Protocol):
 
     def replace(self, path: str, linear: nn.Module) -> nn.Module | None:
         """Return the module that takes its place, or None. It must offer `load(part, tensor)` and `finish()`."""
-        ...
 
 
 # ---- the runner's views ------------------------------------------------------------------------------------------
@@ -320,19 +304,15 @@ class LogitsTransform(Protocol):
 
     def opened(self, opened: Opened) -> bool:
         """A slot opens; its payload for this plugin is in `opened.payloads`. True: watch the slot. Rate: request."""
-        ...
 
     def closed(self, slot: int) -> None:
         """Rate: request; only for watched slots."""
-        ...
 
     def apply(self, logits: Tensor, step: StepView) -> Tensor:
         """[N, V] float32 → the same shape; may write in place. Rows of slots it does not watch must stay as they are."""
-        ...
 
     def fill(self, turn: HostTurn) -> None:
         """Host transforms only. Rate: step."""
-        ...
 
 
 @runtime_checkable
@@ -345,7 +325,6 @@ class StepInputs(Protocol):
     def closed(self, slot: int) -> None: ...
     def fill(self, step: StepView) -> Mapping[str, Tensor]:
         """Rate: step."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,21 +387,17 @@ class DraftPasses(Protocol):
         """The pass over what the step computed, in which no KV is left out. shift 1: for every step token that counts, the
         token after it (layers that store (state i - 1, token i) in slot i, first_slot = 1). shift 0: those tokens themselves
         and the one after the last (layers of an ordinary model). Rejected and absent drafts write nothing."""
-        ...
 
     def advance(self, tokens: Tensor, number: int) -> DraftBatch:
         """One token a row [R]: draft `number` (0, 1, ...) of a chain, after those before it. `source` is empty."""
-        ...
 
     def expand(self, tokens: Tensor, parents: Tensor) -> DraftBatch:
         """All n nodes of a tree at once, [R, n] tokens (-1 absent) and parents (index of an earlier node, -1: the last known
         token), each seeing the known tokens and its own path. Flat order row by row. `source` is empty."""
-        ...
 
     def draw(self, logits: Tensor, number: int | Tensor) -> Tensor:
         """Logits [R, V] → tokens [R] int64: what each row's own draw (temperature and random function; greedy: argmax) takes
         for the token at draft place `number`, [R] or one for all. So that sampled requests agree with their drafts more often."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,11 +433,9 @@ class Drafter(Protocol):
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1; always
         smaller than j), count [R] int32."""
-        ...
 
     def observe(self, outcome: DraftOutcome) -> None:
         """Host. Rate: step, in order of the steps, possibly some steps late."""
-        ...
 
 
 @runtime_checkable
@@ -475,7 +448,6 @@ class LayeredDrafter(Drafter, Protocol):
     def build(self, target: Target) -> nn.Module:
         """Build and load the layers, on the target's device. Rate: build, once, after the target is loaded and before memory is
         measured. Raises ConfigError when head and target do not fit."""
-        ...
 
 
 @runtime_checkable
@@ -485,11 +457,9 @@ class StepProbe(Protocol):
 
     def begin(self, plan: StepPlan) -> None:
         """A step is about to be submitted. Rate: step."""
-        ...
 
     def end(self, plan: StepPlan, timings: Mapping[str, float]) -> None:
         """It is submitted: host seconds of its phases in order, and "total". Rate: step."""
-        ...
 
 
 # ---- device ------------------------------------------------------------------------------------------------------
@@ -517,11 +487,9 @@ class Device(Protocol):
     def memory(self) -> MemoryReport: ...
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         """Factories that replace runner parts by name ("sampler", "step_inputs", "block_tables", "graphs"); usually empty."""
-        ...
 
     def synchronize(self) -> None:
         """Wait for everything submitted. Rate: step at most."""
-        ...
 
     def close(self) -> None: ...
 
