@@ -202,6 +202,7 @@ class StepInputBuilder:
         masked = masked if absent is None else masked | absent
         branching = bool(self.tree and shape.width)
         sees = self._tree_mask(on, shape, path) if branching else None
+        fresh = not shape.width and not np.any(plan.start)
         batches = []
         for number, group in enumerate(self.groups):
             table = self.tables.rows(number, view.rows, shape.max_kv)
@@ -217,6 +218,7 @@ class StepInputBuilder:
                     shape.max_kv,
                     _near(sees, view, on, group.window),
                     view.positions[0] if branching else None,
+                    fresh,
                 )
             )
         return batches

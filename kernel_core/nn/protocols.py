@@ -55,7 +55,8 @@ class AttentionBatch:
     Query token j of row r is q_start[r] + j and sits at position kv_len[r] - q_len[r] + j (counts are the true ones).
     `slot_mapping` [T] int64 is where each token's KV goes (block * block_size + offset), -1: not written.
     `tree` [T, W] bool or None: for rows with tree drafts, which of the row's own step tokens (by index in the row) a token
-    sees; None: causal. `max_q`, `max_kv` are host ints (upper bounds) for launch sizes."""
+    sees; None: causal. `max_q`, `max_kv` are host ints (upper bounds) for launch sizes. `fresh`: no row has KV from earlier
+    steps, so that q, k and v of the step are all there is."""
 
     q_start: Tensor  # [R + 1] int32
     kv_len: Tensor  # [R] int32, this step's tokens included
@@ -66,6 +67,7 @@ class AttentionBatch:
     max_kv: int
     tree: Tensor | None = None
     positions: Tensor | None = None  # [T] int64 of the queries where trees make them differ from the above; for windows
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 STEPS_TRACED = 20
+MAX_TOKENS_PER_STEP = 8192
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,9 @@ def engine(name: str, arguments: argparse.Namespace) -> Iterator[Any]:
 
     began = time.monotonic()
     plugins = {"safetensors": {}, **json.loads(arguments.plugins)}
-    options = dict(dtype="bfloat16", random_weights=True, max_requests=256, max_tokens_per_step=8192, max_model_len=16384)
+    options = dict(
+        dtype="bfloat16", random_weights=True, max_requests=256, max_tokens_per_step=MAX_TOKENS_PER_STEP, max_model_len=16384
+    )
     with Engine(model=str(folder(name)), device="cuda", profile="none", plugins=plugins, **options) as opened:
         print(f"{name}: {opened.summary}; started in {time.monotonic() - began:.1f} s", flush=True)
         yield opened
@@ -211,7 +214,7 @@ def requests(opened: Any, batch: int, length: int, new: int, vocab: int) -> None
 def decode(opened: Any, batch: int, length: int, steps: int, vocab: int) -> float:
     """Seconds of a step in which every row decodes, once all prompts are computed."""
     warm = 8
-    requests(opened, batch, length, steps + warm + 8, vocab)
+    requests(opened, batch, length, steps + warm + 8 + prompt_steps(batch, length), vocab)
     until_all_decode(opened, batch)
     for _ in range(warm):
         opened.advance()
@@ -221,8 +224,14 @@ def decode(opened: Any, batch: int, length: int, steps: int, vocab: int) -> floa
         opened.advance()
     torch.cuda.synchronize()
     taken = (time.perf_counter() - begin) / steps
+    opened.abort([str(number) for number in range(batch)])
     finish(opened)
     return taken
+
+
+def prompt_steps(batch: int, length: int) -> int:
+    """Steps in which the first rows decode while the last prompts are computed."""
+    return batch * length // MAX_TOKENS_PER_STEP + batch // 8 + 2
 
 
 def until_all_decode(opened: Any, batch: int) -> None:
@@ -295,7 +304,7 @@ def traced(opened: Any, batch: int, context: int, vocab: int, steps: int = STEPS
     """(start, end, name) in microseconds of everything the GPU did in some steady decode steps."""
     from torch.profiler import ProfilerActivity, profile
 
-    requests(opened, batch, context, steps + 40, vocab)
+    requests(opened, batch, context, steps + 40 + prompt_steps(batch, context), vocab)
     until_all_decode(opened, batch)
     for _ in range(8):
         opened.advance()
@@ -303,6 +312,7 @@ def traced(opened: Any, batch: int, context: int, vocab: int, steps: int = STEPS
         for _ in range(steps):
             opened.advance()
         torch.cuda.synchronize()
+    opened.abort([str(number) for number in range(batch)])
     finish(opened)
     events = (e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     return sorted((e.time_range.start, e.time_range.end, e.name) for e in events)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernel_core.nn.api import AttentionBatch, AttentionSpec, HeadPreparation
-from kernel_cuda.kernels import attention
+from kernel_cuda import flash
+from kernel_cuda.kernels import attention, pointwise
 from kernel_cuda.kernels.attention import Cache, Rules, Work
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,6 +35,7 @@ class CudaAttention:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, fp8: bool = False) -> None:
         self.device, self.wide, self.fp8 = device, dtype == torch.float32, fp8
+        self._flash = device.type == "cuda" and not self.wide and flash.works(device, dtype)
         self.name = "cuda:paged-fp8" if fp8 else "cuda:paged"
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
@@ -71,6 +73,8 @@ class CudaAttention:
     ) -> Tensor:
         q, k, v = (_unit(x) for x in (q, k, v))
         attention.write(kv, k, v, plan.batch.slot_mapping)
+        if self._stands_alone(plan.batch, spec, sinks):
+            return flash.attend(q, k, v, plan.batch.q_start, plan.batch.max_q, spec.scale, spec.window)
         return self._attend(q, kv, plan, spec, sinks)
 
     def prepared_forward(
@@ -85,12 +89,19 @@ class CudaAttention:
         heads: HeadPreparation,
     ) -> Tensor:
         """`forward` of q and k that are normalised and rotated here, in the launch that writes the cache."""
+        if self._stands_alone(plan.batch, spec, sinks):
+            return self.forward(*_prepared(q, k, heads), v, kv, plan, spec, sinks)
         q, k, v = (_unit(x) for x in (q, k, v))
         attention.prepare(
             q, k, v, kv, plan.batch.slot_mapping, heads.cos, heads.sin, heads.positions, heads.interleaved,
             heads.q_weight, heads.k_weight, heads.eps, heads.offset,
         )  # fmt: skip
         return self._attend(q, kv, plan, spec, sinks)
+
+    def _stands_alone(self, batch: AttentionBatch, spec: AttentionSpec, sinks: Tensor | None) -> bool:
+        """Whole prompts attend to themselves: torch's own kernel does that without the cache."""
+        plain = spec.causal and not spec.soft_cap and not spec.first_slot and spec.head_dim == spec.v_head_dim
+        return self._flash and batch.fresh and plain and sinks is None and batch.max_q > 1
 
     def _attend(self, q: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         batch, work = plan.batch, plan.work[spec.num_heads // spec.num_kv_heads]
@@ -102,6 +113,16 @@ class CudaAttention:
 
     def copy_kv(self, kv: Cache, spec: AttentionSpec, src: Tensor, dst: Tensor) -> None:
         attention.copy_tokens(kv, src, dst)
+
+
+def _prepared(q: Tensor, k: Tensor, heads: HeadPreparation) -> tuple[Tensor, Tensor]:
+    """q and k after their norm and rotation."""
+    if heads.q_weight is not None:
+        q, k = (
+            pointwise.rms_norm(x.reshape(-1, x.shape[2]), weight, heads.eps, None, heads.offset)[0].view(x.shape)
+            for x, weight in ((q, heads.q_weight), (k, heads.k_weight))
+        )
+    return pointwise.rotary(q, k, heads.cos, heads.sin, heads.positions, heads.interleaved)
 
 
 def _unit(x: Tensor) -> Tensor:
