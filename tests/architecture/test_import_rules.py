@@ -13,6 +13,7 @@ import source_tree as source
 OPEN_TO_PLUGINS = ("kernel_core.api", "kernel_core.nn.api", "kernel_core.testing", "kernel_core.nn.testing")
 HEAVY = ("torch", "transformers", "safetensors", "tokenizers", "kernel_core.nn")
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL", "pyzmq": "zmq"}
+IMPORT_NAMES |= dict.fromkeys(("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"), "opentelemetry")
 DISTRIBUTIONS = source.distributions()
 
 
