@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
 
 from kernel_core.api import BuildContext, decode
 from kernel_metrics.exposition import text
