@@ -103,7 +103,7 @@ class Source:
         found = yield from self.match(*literals)
         rest = self.text[self.at :]
         if not found and rest:
-            found = next((one for one in literals if self.ended and one.startswith(rest)), "")
+            found = next((one for one in literals if one.startswith(rest)), "")
             self.at += len(rest) if found else 0
         return found
 
