@@ -23,6 +23,8 @@ FORGET = 0.95  # weight of what was measured, with each newer measurement
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 SLEEP_AFTER, NAP, LONGEST_NAP = 32, 512, 16384  # steps that did not pay until it sleeps, and how many it sleeps
 WORTH = 0.02  # a smaller share of a step's time is no reason to sleep
+HURRY = 4  # a step that loses that many times more counts as that many
+REST = 64  # steps that it sleeps at least for the time of one step that it lost
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 
@@ -75,7 +77,7 @@ class DraftLength:
     def __init__(self, width: int, max_slots: int, tree: bool = False, keeps_up: bool = False) -> None:
         self.width, self.tree, self.keeps_up = width, tree, keeps_up
         self._open, self._behind = np.zeros(max_slots, bool), np.zeros(max_slots, bool)
-        self._unpaid, self._sleeps, self._nap = 0, 0, NAP
+        self._unpaid, self._lost, self._sleeps, self._nap = 0.0, 0.0, 0, NAP
         self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
         self.overall = np.array(PRIOR)
         self.costs: dict[int, StepCost] = {}
@@ -143,11 +145,13 @@ class DraftLength:
     def _doze(self, awake: float, asleep: float) -> None:
         """Tokens a second with the best lengths, and without the drafter."""
         if awake >= (1 - WORTH) * asleep:
-            self._unpaid, self._nap = 0, NAP
+            self._unpaid, self._lost, self._nap = 0.0, 0.0, NAP
             return
-        self._unpaid += 1
+        self._lost += asleep / awake - 1
+        self._unpaid += min((1 - awake / asleep) / WORTH, HURRY)
         if self._unpaid > SLEEP_AFTER:
-            self._unpaid, self._sleeps, self._nap = 0, self._nap, min(2 * self._nap, LONGEST_NAP)
+            self._sleeps = max(self._nap, min(int(REST * self._lost), LONGEST_NAP))
+            self._unpaid, self._lost, self._nap = 0.0, 0.0, min(2 * self._nap, LONGEST_NAP)
             if self.keeps_up:
                 self._behind |= self._open
 
