@@ -176,7 +176,7 @@ def test_a_long_answer_can_be_stopped(page, server):
     if page.all(".running"):
         page["stop-button"].click()
     page.answer()
-    page.until(lambda: page["send"].is_displayed())
+    page.until(page["send"].is_displayed)
     page.until(lambda: httpx.get(f"{server.url}/playground/view").json()["num_running"] == 0)
 
 
