@@ -49,11 +49,12 @@ async def _line(client: httpx.AsyncClient, row: Row, turn: asyncio.Semaphore, de
         _require_life(dead)
     request_id = response.headers.get("x-request-id", f"batch-{row.id}")
     try:
-        return answer(row, response.status_code, request_id, response.json())
+        body = response.json()
     except ValueError:
-        if response.status_code in (404, 405):
-            return bad_request(row, f"url {row.request.url!r} is not served by this model")
         return failure(row, "no_json", f"status {response.status_code} without JSON")
+    if response.status_code == 404 and body["error"]["code"] == "unknown_url":
+        return bad_request(row, f"url {row.request.url!r} is not served by this model")
+    return answer(row, response.status_code, request_id, body)
 
 
 def _require_life(dead: Callable[[], str | None]) -> None:
