@@ -61,6 +61,8 @@ bench: $(READY) ## speed: a step without a model, then this engine against the p
 	$(call say,kernel bench step: plan and commit with a device that computes nothing)
 	@for running in 256 1024; do $(BIN)/kernel bench step --running $$running --json; done
 	@$(BIN)/kernel bench step --running 1024 --churn 0.02 --plugins prefix_caching --json
+	$(call say,token chunks of the server and what serving costs the loop with a device that computes nothing (build/bench/serving.json))
+	@$(BIN)/python tests/benchmarks/serving.py --repeat 2
 	$(call say,this engine and the peers in turn on a random-weight model of 0.5B (minutes each))
 	@$(BIN)/python tests/benchmarks/cpu_peers.py $(BENCH)
 

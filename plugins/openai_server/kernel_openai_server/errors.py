@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from kernel_core.api import ConfigError, EngineDeadError, RequestError
 from kernel_openai_server.protocol.objects import Error, ErrorDetails, json_bytes
 
 INVALID, AUTHENTICATION, BUSY, SERVER = "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+BRANCH = re.compile(r"(str|int|float|bool|constrained-.*|.*\[.*|[A-Z].*)$")  # how pydantic names the branch of a union
 RETRY = {"retry-after": "1"}
 logger = logging.getLogger("kernel_openai_server")
 
@@ -61,7 +63,7 @@ def api_error(error: BaseException) -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
+    where = ".".join(str(part) for part in first["loc"] if not BRANCH.match(str(part)))
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown field {where!r}: no enabled plugin reads it", where, "unknown_parameter")
     if first["type"] == "missing":
