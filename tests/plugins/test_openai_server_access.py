@@ -1,5 +1,5 @@
-"""Who may call, how much, and who watches: keys, CORS, the queue, time limits, routes and records of plugins. The application runs
-in this process on a real engine, without sockets."""
+"""Who may call, how much, and who watches: keys, CORS, the queue, time limits, routes and records of plugins. The application
+runs in this process on a real engine, without sockets."""
 
 import asyncio
 from types import SimpleNamespace
