@@ -170,8 +170,9 @@ CASES = {
 
 def main(architecture, part=""):
     from kernel_cuda.kernels import attention as kernels
+    from kernel_cuda.kernels import linear as linears
 
-    kernels.capability = lambda device: divmod(int(architecture), 10)
+    kernels.capability = linears.capability = lambda device: divmod(int(architecture), 10)
     for label, case in CASES.items():
         LABEL[0] = label
         case()

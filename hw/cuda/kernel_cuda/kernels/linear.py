@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernel_cuda.kernels.attention import decode_e4m3
-from kernel_cuda.kernels.machine import processors
+from kernel_cuda.kernels.attention import BY_BITS, NATIVE, PLAIN, decode_e4m3
+from kernel_cuda.kernels.machine import capability, processors
 from kernel_cuda.kernels.pointwise import activate
 
 FEW = 64
@@ -30,7 +30,9 @@ def _tile(w, n, k, N, K, FP8: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexp
         tile = tl.load(at, eviction_policy="evict_first")
     else:
         tile = tl.load(at, mask=(k < K)[None, :], other=0, eviction_policy="evict_first")
-    if FP8:
+    if FP8 == NATIVE:
+        tile = tile.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif FP8 == BY_BITS:
         tile = decode_e4m3(tile)
     return tile.to(DOT)
 
@@ -67,9 +69,10 @@ def _few_rows(
     kind = out.dtype.element_ty
     inside = n < N
     if SCALED:
-        acc = acc * tl.load(scale + n, mask=inside, other=0.0)[:, None]
+        unit = 256.0 if FP8 == BY_BITS else 1.0
+        acc = acc * (tl.load(scale + n, mask=inside, other=0.0) * unit)[:, None]
         if GATE >= 0:
-            acc2 = acc2 * tl.load(scale + N + n, mask=inside, other=0.0)[:, None]
+            acc2 = acc2 * (tl.load(scale + N + n, mask=inside, other=0.0) * unit)[:, None]
     if HAS_BIAS:
         acc = acc + tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
         if GATE >= 0:
@@ -79,6 +82,17 @@ def _few_rows(
         acc = acted * acc2.to(kind).to(tl.float32)
     at = out + m[None, :].to(tl.int64) * out_stride + n[:, None]
     tl.store(at, acc.to(kind), mask=inside[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _nibbles(x, DOT: tl.constexpr):
+    """0 .. 15 as uint8 → −8 .. 7. The bits of 2^m + x are those of 2^m with x in them."""
+    if tl.bfloat16 == DOT:
+        return (x.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    elif tl.float16 == DOT:
+        return (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    else:
+        return x.to(tl.float32) - 8.0
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,8 +112,7 @@ def _few_rows_int4(
         low = tl.load(x + m[:, None] * x_stride + k[None, :], mask=rows, other=0.0)
         high = tl.load(x + m[:, None] * x_stride + (k + G // 2)[None, :], mask=rows, other=0.0)
         packed = tl.load(w + line[:, None] * (K // 2) + (group * (G // 2) + half)[None, :], eviction_policy="evict_first")
-        a = ((packed & 15).to(tl.int8) - 8).to(low.dtype)
-        b = ((packed >> 4).to(tl.int8) - 8).to(low.dtype)
+        a, b = _nibbles(packed & 15, low.dtype), _nibbles(packed >> 4, low.dtype)
         if IEEE:
             part = tl.dot(b, high.T, tl.dot(a, low.T, input_precision="ieee"), input_precision="ieee")
         else:
@@ -162,9 +175,9 @@ def few_rows(
     shape = shape or shape_for(outputs, rows, size, 1 if gate == NONE else 2, processors(x.device))
     bk = shape.bk // 2 if wide and size < 4 else shape.bk
     bm = min(FEW, max(16, triton.next_power_of_2(rows)))
-    fp8 = weight.dtype == torch.uint8
-    if fp8:
-        scale = scale * 256.0
+    fp8 = PLAIN.value
+    if weight.dtype == torch.uint8:
+        fp8 = NATIVE.value if capability(x.device) >= (8, 9) else BY_BITS.value
     _few_rows[(triton.cdiv(outputs, shape.bn), triton.cdiv(rows, bm))](
         x, weight, x if scale is None else scale, x if bias is None else bias, out, rows, outputs, inputs,
         x.stride(0), out.stride(0), BM=bm, BN=shape.bn, BK=bk, EVEN=inputs % bk == 0, SCALED=scale is not None, FP8=fp8,
@@ -179,7 +192,7 @@ def few_rows_int4(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bi
     outputs = weight.shape[0]
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows:
-        bm, bn = min(FEW, max(16, triton.next_power_of_2(rows))), 16 if outputs < 64 * processors(x.device) else 32
+        bm, bn = min(FEW, max(16, triton.next_power_of_2(rows))), 16 if outputs < 64 * processors(x.device) else 64
         _few_rows_int4[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm))](
             x, weight, scale, x if bias is None else bias, out, rows, outputs, inputs, x.stride(0), out.stride(0),
             BM=bm, BN=bn, G=GROUP, HAS_BIAS=bias is not None, IEEE=x.dtype == torch.float32, num_warps=4, num_stages=4,
