@@ -227,41 +227,48 @@ def _coarse(
 
 
 @triton.jit
-def _last_bin(table, n, k, share, BINS: tl.constexpr):
-    """The bin down to which the tokens decide what top_k and top_p keep, how many tokens that are, and whether top_k counts
-    (fewer tokens than k may be left). The bins' edges bound the weights in them."""
+def _bins(table, n, k, share, BINS: tl.constexpr):
+    """The bins [first, last] of the tokens that decide what top_k and top_p keep, how many tokens these are and how many are
+    above them, and whether top_k counts (fewer tokens than k may be left). The bins' edges bound the weights in them."""
     bins = tl.arange(0, BINS)
     count = tl.load(table + n * BINS + bins)
     below = tl.cumsum(count, 0)
     is_ranked = (k > 0) & (tl.max(below, 0) >= k)
     wide = count.to(tl.float32)
-    least = tl.cumsum(wide * tl.exp((bins + 1) * -0.0625), 0)
-    most = wide * tl.exp(bins * -0.0625)
-    tail = tl.sum(most, 0) - tl.cumsum(most, 0)
-    enough = tl.where(is_ranked, below >= k, least * (1 - share) * 0.98 > (tail + 1e-4 * tl.sum(most, 0)) * share * 1.02)
-    last = tl.min(tl.where(enough, bins, BINS - 1), 0)
-    return last, tl.sum(tl.where(bins <= last, count, 0), 0), is_ranked
+    least, most = wide * tl.exp((bins + 1) * -0.0625), wide * tl.exp(bins * -0.0625)
+    most_to, least_to = tl.cumsum(most, 0), tl.cumsum(least, 0)
+    rest = tl.sum(most, 0)
+    surely = least_to * (1 - share) * 0.98 > (rest - most_to + 3e-4 * rest) * share * 1.02
+    perhaps = most_to * (1 - share) * 1.02 + 3e-4 * rest >= (tl.sum(least, 0) - least_to - 3e-4 * rest) * share * 0.98
+    last = tl.min(tl.where(tl.where(is_ranked, below >= k, surely), bins, BINS - 1), 0)
+    first = tl.min(tl.where(perhaps, bins, BINS - 1), 0)
+    first = tl.where(is_ranked, tl.where(share < 1, 0, last), tl.minimum(first, last))
+    above = tl.sum(tl.where(bins < first, count, 0), 0)
+    return first, last, tl.sum(tl.where(bins <= last, count, 0), 0) - above, above, is_ranked
 
 
 @triton.jit
 def _compact(
-    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, found, listed, V, stride, parts,
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, found, listed, heavier, V, stride, parts,
     BINS: tl.constexpr, PART: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """List the keys of the tokens that decide, in any order."""
+    """List the keys of the tokens that decide, in any order; and the weight of those above them."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature, best, floor, k, share, matters = _settings(
         n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
     )
     if matters & ((k > 0) | (share < 1)):
-        last, count, _ranked = _last_bin(table, n, k, share, BINS)
+        first, last, count, _above, _ranked = _bins(table, n, k, share, BINS)
         if count <= ROOM:
             token = part * PART + tl.arange(0, PART)
             z = _scaled(logits + n * stride, token, V, temperature)
             key = _ordered(z)
             peak = _value(best)
             keep = (token < V) & (key >= floor)
-            keep = keep & (_bin(tl.where(keep, z, peak), peak, BINS) <= last)
+            place = _bin(tl.where(keep, z, peak), peak, BINS)
+            heavy = tl.where(keep & (place < first), _weight(z, peak, EXACT), 0).to(tl.int64)
+            tl.store(heavier + n * parts + part, tl.sum(heavy, 0))
+            keep = keep & (place >= first) & (place <= last)
             chosen = keep.to(tl.int32)
             total = tl.sum(chosen, 0)
             if total > 0:
@@ -281,22 +288,23 @@ def _list_kth(keys, k, low, high):
 
 
 @triton.jit
-def _list_pth(keys, weights, wanted, low, high):
-    """The largest key from which on the weights reach `wanted`."""
+def _list_pth(keys, weights, above, wanted, low, high):
+    """The largest key from which on the weights, and those `above` the list, reach `wanted`."""
     while low < high:
         p1, p2, p3 = _pivots(low, high)
         m1, m2 = tl.sum(tl.where(keys >= p1, weights, 0), 0), tl.sum(tl.where(keys >= p2, weights, 0), 0)
         m3 = tl.sum(tl.where(keys >= p3, weights, 0), 0)
         low, high = _narrow(
             low, high, p1, p2, p3,
-            m1.to(tl.float64) >= wanted, m2.to(tl.float64) >= wanted, m3.to(tl.float64) >= wanted,
+            (above + m1).to(tl.float64) >= wanted, (above + m2).to(tl.float64) >= wanted,
+            (above + m3).to(tl.float64) >= wanted,
         )  # fmt: skip
     return low
 
 
 @triton.jit
 def _floors(
-    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, listed, floors, V, stride, parts,
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, listed, heavier, floors, V, stride, parts,
     BINS: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The key from which on each row keeps its tokens. A row whose list is too long is searched as a whole, slowly."""
@@ -305,7 +313,7 @@ def _floors(
         n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
     )
     if matters & ((k > 0) | (share < 1)):
-        _last, count, is_ranked = _last_bin(table, n, k, share, BINS)
+        _first, _last, count, above, is_ranked = _bins(table, n, k, share, BINS)
         peak = _value(best)
         if count <= ROOM:
             place = tl.arange(0, ROOM)
@@ -314,15 +322,16 @@ def _floors(
             weights = tl.where(held, _weight(tl.where(held, _value(keys), peak), peak, EXACT), 0).to(tl.int64)
             part = tl.arange(0, PP)
             total = tl.sum(tl.load(mass + n * parts + part, mask=part < parts, other=0), 0)
-            lowest = tl.min(tl.where(held, keys, best), 0)
+            heavy = tl.sum(tl.load(heavier + n * parts + part, mask=part < parts, other=0), 0)
+            low, high = tl.min(tl.where(held, keys, best), 0), tl.max(keys, 0)
             if is_ranked:
-                floor = _list_kth(keys, k, lowest, best)
-                above = tl.sum((keys > floor).to(tl.int32), 0)
+                floor = _list_kth(keys, k - above, low, high)
+                over = tl.sum((keys > floor).to(tl.int32), 0)
                 same = _weight(_value(floor), peak, EXACT).to(tl.int64)
-                total = tl.sum(tl.where(keys > floor, weights, 0), 0) + (k - above).to(tl.int64) * same
+                total = tl.sum(tl.where(keys > floor, weights, 0), 0) + (k - over).to(tl.int64) * same
             if share < 1:
                 wanted = share.to(tl.float64) * total.to(tl.float64)
-                floor = _list_pth(keys, weights, wanted, tl.maximum(floor, lowest), best)
+                floor = _list_pth(keys, weights, heavy, wanted, tl.maximum(floor, low), high)
         else:
             row = logits + n * stride
             if is_ranked:
@@ -428,14 +437,16 @@ def _kept_from(
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     peaks, table, found, listed, floors = (_scratch(logits, n) for n in (parts, BINS, 1, ROOM, 1))
-    mass = _scratch(logits, parts, torch.int64)
+    mass, heavier = (_scratch(logits, parts, torch.int64) for _ in range(2))
     grid, padded, exact = (count, parts), triton.next_power_of_2(parts), _is_exact()
     settings = (logits, slot, temperature, min_p, top_k, top_p, peaks, table)
     sizes = (vocab, logits.stride(0), parts)
     _peak_part[grid](logits, slot, temperature, peaks, table, found, *sizes, BINS=BINS, PART=PART, num_warps=8)
     _coarse[grid](*settings, mass, *sizes, BINS=BINS, PART=PART, PP=padded, EXACT=exact, num_warps=8)
-    _compact[grid](*settings, found, listed, *sizes, BINS=BINS, PART=PART, PP=padded, ROOM=ROOM, EXACT=exact, num_warps=8)
+    _compact[grid](
+        *settings, found, listed, heavier, *sizes, BINS=BINS, PART=PART, PP=padded, ROOM=ROOM, EXACT=exact, num_warps=8
+    )
     _floors[(count,)](
-        *settings, mass, listed, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART, num_warps=16
+        *settings, mass, listed, heavier, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART, num_warps=16
     )
     return floors
