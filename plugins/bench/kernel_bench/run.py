@@ -1,4 +1,4 @@
-"""`kernel bench`: the cost of a step without a model, and an engine's speed with one."""
+"""`kernel bench`: the cost of a step without a model, an engine's speed with one, and a server under load."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from kernel_bench.measure import measure
 from kernel_bench.processes import peak_memory
+from kernel_bench.serving import bench_serve
 from kernel_bench.workloads import WORKLOADS
 from kernel_core.api import Engine, RequestError, config_from_arguments
 from kernel_core.testing import step_bench
@@ -18,7 +19,7 @@ QUICK = 0.1
 
 
 def run(arguments: argparse.Namespace) -> int:
-    result = bench_step(arguments) if arguments.what == "step" else bench_run(arguments)
+    result = MEASURES[arguments.what](arguments)
     sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _table(result))
     return 0
 
@@ -49,6 +50,9 @@ def bench_run(arguments: argparse.Namespace) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory(),
             "workloads": results,
         }
+
+
+MEASURES = {"step": bench_step, "run": bench_run, "serve": bench_serve}
 
 
 def _table(result: dict[str, Any], indent: str = "") -> str:
