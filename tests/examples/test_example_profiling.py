@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -18,6 +20,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_tables_and_files_of_a_batch_whose_requests_end_one_after_the_other(tmp_path):
     files = ["--csv", str(tmp_path / "x"), "--json", str(tmp_path / "x.json"), "--save-chrome-traces-folder", str(tmp_path / "t")]
     printed = run("30_profiling.py", "run_to_completion", "-n", "2", "--prompt-len", "8", *files)
@@ -29,6 +32,7 @@ def test_tables_and_files_of_a_batch_whose_requests_end_one_after_the_other(tmp_
     assert len(list(tmp_path.glob("x_*_table.csv"))) == 4
 
 
+@pytest.mark.slow
 def test_one_trace_of_what_ran_between_start_and_stop(tmp_path):
     printed = run("31_simple_profiling.py", "--directory", str(tmp_path))
     assert printed.count("Prompt: ") == 4

@@ -218,6 +218,25 @@ def test_the_routes_start_and_stop_a_profile(byte_model, tmp_path):
     assert len(stopped[1]["files"]) == 2
 
 
+def test_a_running_server_is_traced_between_start_and_stop(start_server, byte_model, tmp_path):
+    directory = f"plugins.profiling.directory={tmp_path}"
+    server = start_server("--set", directory, "--set", "plugins.profiling.max_steps=1000", model=byte_model)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.post("/stop_profile").status_code == 400  # none runs
+        assert client.post("/start_profile", json={"prefix": "live"}).json() == {"status": "started"}
+        again = client.post("/start_profile")
+        assert again.status_code == 400 and "running already" in again.json()["error"]["message"]
+        assert client.post("/start_profile", json={"directory": "/tmp"}).status_code == 400  # nobody names a path over HTTP
+        body = {"prompt": "abc", "max_tokens": 5, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        files = [Path(name) for name in client.post("/stop_profile").json()["files"]]
+        assert client.post("/v1/completions", json=body).status_code == 200
+    assert sorted(files) == sorted(tmp_path.iterdir()) and all(path.name.startswith("live-rank0-") for path in files)
+    (trace,) = (path for path in files if path.name.endswith(".json.gz"))
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert sum(event.get("name", "").startswith("step: ") for event in events if event.get("ph") == "X") >= 5
+
+
 # ---- the command
 
 

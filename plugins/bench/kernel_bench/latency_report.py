@@ -108,22 +108,29 @@ def _throughput(good: Sequence[Answered], place: int) -> str:
 
 def _panel(place: int, title: str, x: np.ndarray, y: np.ndarray, unit: str, top: float) -> str:
     left, up = (place % 2) * WIDTH, (place // 2) * HEIGHT + 30
-    right = float(x.max()) if len(x) else 1.0
+    right, top = axis_end(float(x.max()) if len(x) else 1.0), axis_end(top)
     wide, high = WIDTH - PAD - 16, HEIGHT - 60
 
     def at(a: float, b: float) -> str:
         return f"{PAD + wide * a / (right or 1):.1f},{30 + high * (1 - b / (top or 1)):.1f}"
 
     points = " ".join(at(float(a), float(b)) for a, b in zip(x, y, strict=True))
-    grid = "".join(_tick(k / 4, top, right, unit if k == 4 else "", wide, high) for k in range(5))
+    grid = "".join(_tick(k / 4, top, right, wide, high) for k in range(5))
     line = f'<polyline class="l" points="{points}"/>' if len(x) else ""
-    return f'<g transform="translate({left},{up})"><text class="t" x="{PAD}" y="16">{escape(title)}</text>{grid}{line}</g>'
+    head = f'<text class="t" x="{PAD}" y="16">{escape(title)} <tspan fill="#889">({unit})</tspan></text>'
+    return f'<g transform="translate({left},{up})">{head}{grid}{line}</g>'
 
 
-def _tick(share: float, top: float, right: float, unit: str, wide: int, high: int) -> str:
+def axis_end(value: float) -> float:
+    """The smallest number that is not below and whose quarters are round."""
+    unit = 10.0 ** np.floor(np.log10(max(value, 1e-9) / 4))
+    return next(float(4 * step * unit) for step in (1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if 4 * step * unit >= value * (1 - 1e-9))
+
+
+def _tick(share: float, top: float, right: float, wide: int, high: int) -> str:
     """A line and the numbers of both axes."""
     x, y = PAD + wide * share, 30 + high * (1 - share)
     line = f'<line class="g" x1="{PAD}" x2="{PAD + wide}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    vertical = f'<text x="{PAD - 6}" y="{y + 4:.1f}" text-anchor="end">{top * share:.4g}</text>'
-    horizontal = f'<text x="{x:.1f}" y="{46 + high}" text-anchor="middle">{right * share:.3g} {unit}</text>'
+    vertical = f'<text x="{PAD - 6}" y="{y + 4:.1f}" text-anchor="end">{top * share:g}</text>'
+    horizontal = f'<text x="{x:.1f}" y="{46 + high}" text-anchor="middle">{right * share:g}</text>'
     return line + vertical + horizontal

@@ -25,6 +25,7 @@ class ProfilingSection(Section):
     max_steps: int = Field(200, ge=1, le=10_000, description="a profile ends by itself after this many steps")
     record_shapes: bool = Field(False, description="traces tell the shapes of operators' inputs")
     profile_memory: bool = Field(False, description="traces tell what operators allocate")
+    with_flops: bool = Field(False, description="traces tell the floating-point operations of matrix products")
     with_stack: bool = Field(False, description="traces tell the Python line of each operator (slow)")
 
 

@@ -151,6 +151,7 @@ class Session(StepProbe):
             activities=set(supported_activities()),
             record_shapes=section.record_shapes,
             profile_memory=section.profile_memory,
+            with_flops=section.with_flops,
             with_stack=section.with_stack,
             acc_events=True,
         )
