@@ -157,8 +157,9 @@ class BlockPool:
         idle = np.flatnonzero(self.kept & (self.refs == 0) & (self._left == 0))
         assert idle.size == self.idle, "idle blocks are miscounted"
         unused = np.concatenate([self._stack[: self.free - self.idle], *waiting, idle])
-        assert self.refs[0] == 0 and 0 not in unused, "the null block was handed out"
-        assert np.unique(unused).size == unused.size, "a block is free twice"
+        times = np.bincount(unused, minlength=self.refs.size)
+        assert self.refs[0] == 0 and not times[0], "the null block was handed out"
+        assert times.max() <= 1, "a block is free twice"
         assert not self.refs[unused].any(), "a free block is held"
         assert unused.size + np.count_nonzero(self.refs) == self.capacity, "a block is lost"
         assert self.refs.sum() - np.count_nonzero(self.refs) == self._shares, "shares are miscounted"
