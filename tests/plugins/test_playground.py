@@ -119,7 +119,7 @@ def test_a_question_is_answered_in_a_stream_and_shown_as_text(page):
     assert "Join two or more pathname components" in page.answer().text
     assert "tokens" in page.all(".meta")[-1].text
     page.until(lambda: page.all("#steps rect"))
-    assert page.all("#blocks .c1") and "ended so far" in page["sequences"].text
+    page.until(lambda: page.all("#blocks .c1") and "ended so far" in page["sequences"].text)
     page.ask("<img src=x onerror=alert(1)> <b>Hi</b>")
     page.answer()
     assert page.all(".message.user")[-1].text == "<img src=x onerror=alert(1)> <b>Hi</b>" and not page.all(
@@ -134,7 +134,7 @@ def test_probabilities_show_on_hover_and_with_the_arrow_keys(page):
     page.answer()
     first, second = page.all(".token")[:2]
     page.driver.execute_script("arguments[0].focus()", first)
-    page.until(lambda: page["tip"].is_displayed() and page.all("#tip div")[5:] == [] and "%" in page["tip"].text)
+    page.until(lambda: page["tip"].is_displayed() and len(page.all("#tip div")) in (5, 6) and "%" in page["tip"].text)
     first.send_keys("\ue014")
     assert page.driver.switch_to.active_element == second
 
