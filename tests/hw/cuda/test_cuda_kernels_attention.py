@@ -8,6 +8,7 @@ from kernel_cuda.kernels import attention
 from kernel_cuda.kernels.attention import Cache, Rules
 
 GPU = torch.cuda.is_available()
+slow = pytest.mark.slow
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 BLOCK = 16
@@ -162,12 +163,12 @@ def test_window(device, counts):
     run(device, [333, 70], counts, rules=Rules(0.3, window=37))
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=slow), 20])
 def test_not_causal(device, window):
     run(device, [100, 40], [100, 2], rules=Rules(0.3, window=window, causal=False))
 
 
-@pytest.mark.parametrize("counts", [[1, 1], [50, 1]])
+@pytest.mark.parametrize("counts", [[1, 1], pytest.param([50, 1], marks=slow)])
 def test_soft_cap_and_sinks(device, counts):
     run(device, [290, 50], counts, rules=Rules(0.5, soft_cap=2.0), sinks=True)
 
@@ -177,17 +178,17 @@ def test_first_slot(device, counts):
     run(device, [45, 20], counts, rules=Rules(0.3, first_slot=1))
 
 
-@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=slow), 12])
 def test_trees(device, window):
     run(device, [280, 30], [6, 4], tree=True, rules=Rules(0.3, window=window))
 
 
-@pytest.mark.parametrize("counts", [[1, 1], [40, 1]])
+@pytest.mark.parametrize("counts", [pytest.param([1, 1], marks=slow), [40, 1]])
 def test_values_of_another_size(device, counts):
     run(device, [90, 45], counts, dim=48, v_dim=24)
 
 
-@pytest.mark.parametrize("counts", [[1, 1], [40, 1]])
+@pytest.mark.parametrize("counts", [[1, 1], pytest.param([40, 1], marks=slow)])
 def test_e4m3_cache(device, counts):
     run(device, [280, 45], counts, fp8=True, rules=Rules(0.25, soft_cap=3.0 if counts[0] == 1 else None))
 

@@ -75,8 +75,13 @@ def test_experts(ops, device):
     near(ours(x, logits, prepare(ours, up, down), 2, True), reference(x, logits, (up, down), 2, True), 5e-3)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("window", [None, 9])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("window", "prepared"),
+    [(None, True), pytest.param(9, False, marks=slow), pytest.param(None, False, marks=slow), pytest.param(9, True, marks=slow)],
+)
 def test_backend(device, window, prepared):
     """A step of a prefill, a decode and a row that writes nothing, in two layers with different numbers of heads."""
     torch.manual_seed(0)
