@@ -1,9 +1,9 @@
-"""Structured outputs: what a request generates follows its JSON schema, regular expression, choice, grammar or structural tag."""
+"""Structured outputs: tokens that would break a request's choice, regular expression, JSON schema or grammar are masked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -11,21 +11,25 @@ from kernel_core.api import BuildContext, Manifest, RequestPreparer, Section, ho
 
 if TYPE_CHECKING:
     from kernel_core.nn.api import LogitsTransform, WorkerContext
+    from kernel_guided_decoding.request import Grammars
 
 
 class GuidedSection(Section):
-    """`[plugins.guided_decoding]`. spacing of JSON: "fixed" writes `{"a": 1, "b": 2}` and nothing else; "flexible" lets the model
-    choose, which may be space without end."""
+    """`[plugins.guided_decoding]`."""
 
-    spacing: Literal["fixed", "flexible"] = "fixed"
-    compile_seconds: float = Field(30.0, gt=0, description="a grammar that takes longer to compile fails its requests")
-    max_bytes: int = Field(256 << 10, ge=64, description="the largest schema or grammar, in bytes")
-    cached: int = Field(64, ge=1, description="compiled grammars that are kept")
+    whitespace: Literal["spaced", "compact", "flexible"] = Field(
+        default="spaced",
+        description='of JSON where a request does not say: {"a": 1} (spaced), {"a":1} (compact), or any (flexible)',
+    )
+    max_bytes: int = Field(default=1 << 18, gt=0, description="the longest grammar or schema that a request may send, in bytes")
+    compile_seconds: float = Field(default=10.0, gt=0, description="a request whose grammar takes longer to compile is refused")
+    cached: int = Field(default=256, gt=0, description="how many compiled grammars are kept")
+    threads: int = Field(default=2, gt=0, description="threads that fill masks; as many compile")
 
 
 manifest = Manifest(
     name="guided_decoding",
-    summary="structured outputs: JSON schema, regex, choice, grammar, structural tags",
+    summary="structured outputs: choice, regex, JSON schema, grammar, structural tags",
     requires=("text/1",),
     provides=("grammar/1",),
     section=GuidedSection,
@@ -34,9 +38,16 @@ manifest = Manifest(
 
 @hookimpl
 def register_fields() -> Mapping[str, type]:
-    from kernel_guided_decoding.fields import StructuredFields
+    from kernel_guided_decoding.request import GuidedFields
 
-    return {"request": StructuredFields}
+    return {"request": GuidedFields}
+
+
+@hookimpl
+def make_service(context: BuildContext, name: str) -> Grammars:
+    from kernel_guided_decoding.request import Grammars
+
+    return Grammars(context.section, context.service("text/1"))
 
 
 @hookimpl
@@ -47,25 +58,22 @@ def prepare_request(context: BuildContext) -> RequestPreparer:
 
 
 @hookimpl
-def make_service(context: BuildContext, name: str) -> Any:
-    from kernel_guided_decoding.service import ResponseFormats
-
-    return ResponseFormats()
-
-
-@hookimpl
-def register_calls(context: BuildContext) -> Mapping[str, Callable[[bytes], Any]]:
-    """Of the worker part: "guided_decoding.job" compiles a grammar."""
+def register_calls(context: BuildContext) -> Mapping[str, Callable[[bytes], object]]:
     if context.part != "worker":
         return {}
-    from kernel_guided_decoding.compiled import grammars_of
 
-    return {"job": grammars_of(context).job}
+    def job(data: bytes) -> object:
+        """Compile a grammar, on the rank that samples."""
+        compiler = context.shared.get("compiler")
+        return None if compiler is None else compiler.start(data)
+
+    return {"job": job}
 
 
 @hookimpl
 def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
-    from kernel_guided_decoding.compiled import grammars_of
-    from kernel_guided_decoding.transform import GrammarMask
+    from kernel_guided_decoding.compiler import Compiler
+    from kernel_guided_decoding.masks import GrammarMasks
 
-    return [GrammarMask(context.plugin, grammars_of(context))]
+    compiler = context.shared["compiler"] = Compiler(context.section, context.model, context.vocab_size)
+    return [GrammarMasks(context.plugin, compiler, context.section.threads)]
