@@ -89,8 +89,19 @@ def _structural_tag(value: Mapping[str, Any], whitespace: str, is_token: Callabl
         check_schema(schema)
         schema = {**schema, "x-guidance": SPACING[whitespace]}
         tags.append(StructTag(trigger=trigger, begin=part["begin"], grammar=schema, end=part["end"]))
-    marks = [t for t in triggers if t.startswith("<") and t.endswith(">") and is_token(t)]
-    return StructTag.to_grammar(tags, assume_special=bool(marks))  # <...> that is one token is no text to the back end
+    return _write_tags(tags, is_token)
+
+
+def _write_tags(tags: list[StructTag], is_token: Callable[[str], bool]) -> str:
+    """A mark <...> that is one token of the model is no text to the back end, neither as a trigger nor as an end."""
+
+    def marks(texts: set[str]) -> list[str]:
+        return [text for text in texts if text.startswith("<") and text.endswith(">") and is_token(text)]
+
+    written = StructTag.to_grammar(tags, assume_special=bool(marks({tag.trigger for tag in tags})))
+    for end in marks({tag.end for tag in tags}):
+        written = written.replace(f" {json.dumps(end)}\n", f" {end}\n")
+    return written
 
 
 _MAKERS = {
