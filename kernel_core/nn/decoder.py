@@ -166,7 +166,7 @@ class Taps:
 
     def __call__(self, fwd: Forward, name: str, x: Tensor, residual: Tensor | None = None) -> None:
         """The model passes a point. Rate: graph."""
-        if name in self._names:
+        if fwd.tapped and name in self._names:
             fwd.taps[name] = x if residual is None else x + residual
 
 

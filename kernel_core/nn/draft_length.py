@@ -35,6 +35,7 @@ class StepCost:
         self.sums = np.zeros(5)  # of 1, d, d^2, t, d t
         self.plain = self.drafting = 0  # steps measured without and with drafts
         self.idle = 0.0  # seconds that the drafter takes in a step in which it proposes nothing
+        self.asleep = 0.0  # seconds of a step in which it slept, 0: never measured
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
     def probes(self, on: bool) -> bool:
@@ -55,6 +56,11 @@ class StepCost:
             self.drafting += 1
         else:
             self.plain += 1
+
+    def rested(self, seconds: float) -> None:
+        """A step in which the drafter slept."""
+        seconds = min(seconds, 4 * self.asleep) if self.asleep else seconds
+        self.asleep += (0.1 if self.asleep else 1.0) * (seconds - self.asleep)
 
     def line(self) -> tuple[float, float]:
         """(c0, c1), neither negative."""
@@ -101,6 +107,8 @@ class DraftLength:
     def observe(self, outcome: DraftOutcome) -> None:
         """Learn from a step; see `Drafter.observe`."""
         if self._sleeps:
+            if outcome.decode_only:
+                self._cost(len(outcome.slots)).rested(outcome.seconds)
             self._sleeps -= 1
             if not self._sleeps:  # measure anew at once
                 for cost in self.costs.values():
@@ -137,7 +145,7 @@ class DraftLength:
             return np.zeros(count, np.int32)
         chosen, speed = self._best(cost, slots, most)
         on = bool(chosen.any())
-        self._doze(speed, count / max(cost.line()[0] - cost.idle, 1e-9))
+        self._doze(speed, count / (cost.asleep or max(cost.line()[0] - cost.idle, 1e-9)))
         if cost.probes(on):
             return np.zeros(count, np.int32) if on else self._some(slots, most)
         return chosen

@@ -160,7 +160,8 @@ class Forward:
     """The explicit argument of a model's forward; there is no global context. A pytree of tensors.
 
     `kv` by layer path, `attention` (the backends' plans) by layer path, `inputs` the named step inputs,
-    `taps` is filled by the model with hidden states at the tap points that were asked for at build."""
+    `taps` is filled by the model with hidden states at the tap points that were asked for at build, unless `tapped` says that
+    nobody reads them in this step (the drafter sleeps)."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, or [A, T] where an owner of positions declares axes
@@ -170,6 +171,7 @@ class Forward:
     embeds: Tensor | None = None  # [T, H] span embeddings
     embeds_mask: Tensor | None = None  # [T] bool
     taps: dict[str, Tensor] = field(default_factory=dict)
+    tapped: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,9 @@ class Runner:
         if self._steady is not None and (download := self._steady(plan)) is not None:
             return Pending(plan, download=download, acks=acks, timings=clock.done(), settle=self.settle)
         step = self.inputs.build(plan)
+        drafter = None if getattr(self.drafter, "asleep", False) else self.drafter
         forward = self._forward_arguments(step)
+        forward.tapped = bool(drafter and drafter.taps)
         clock.lap("inputs")
         hidden = self.graphs(forward)
         clock.lap("forward")
@@ -106,7 +108,7 @@ class Runner:
         sampled = self._sample(step, hidden, masks)
         verified = self._verify(step, sampled)
         clock.lap("sample")
-        waiting = self._propose(step, verified, hidden, forward.taps)
+        waiting = self._propose(drafter, step, verified, hidden, forward.taps)
         clock.lap("propose")
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
@@ -253,12 +255,14 @@ class Runner:
         self.slots.computed[rows] = (step.computed + q).int()
         self.slots.known[rows] = (step.known + count).int()
 
-    def _propose(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> Tensor | None:
-        """Ask the drafter, keep what it says in the slots → drafts waiting per row."""
-        if self.drafter is None or getattr(self.drafter, "asleep", False):
+    def _propose(
+        self, drafter: Drafter | None, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Ask the drafter, keep what it says in the slots → drafts waiting per row. None: there is none, or it sleeps."""
+        if drafter is None:
             return None
         rows, view = step.view.rows, self._draft_view(step, verified, hidden, taps)
-        tokens, parents, count = self.drafter.propose(view)
+        tokens, parents, count = drafter.propose(view)
         number = torch.arange(self.slots.draft_width, device=self.device)
         live = (number < count[:, None]) & (number < view.wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
         self.slots.drafts[rows] = torch.where(live, tokens, -1)

@@ -192,7 +192,7 @@ class Replay:
     def _batches(self, fwd: Forward) -> list[AttentionBatch] | None:
         """The attention inputs of a step that can be replayed, one a group: all rows have a single token."""
         tokens = len(fwd.token_ids)
-        if not 0 < tokens <= MOST_ROWS or fwd.inputs or fwd.embeds is not None or fwd.positions.dim() != 1:
+        if not 0 < tokens <= MOST_ROWS or fwd.inputs or fwd.tapped or fwd.embeds is not None or fwd.positions.dim() != 1:
             return None
         batches = list({id(batch): batch for batch in fwd.attention.values()}.values())
         fine = all(isinstance(b, AttentionBatch) and len(b.kv_len) == tokens and b.tree is b.positions is None for b in batches)

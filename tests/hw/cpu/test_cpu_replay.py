@@ -38,7 +38,7 @@ def step(rows: int = ROWS, columns: int = 2) -> Forward:
     lengths = torch.full((rows,), 7, dtype=torch.int32)
     table = torch.zeros(rows, columns, dtype=torch.int32)
     batch = AttentionBatch(torch.arange(rows + 1).int(), lengths, table, torch.zeros(rows).long(), 16, 1, 7)
-    return Forward(ids, lengths.long(), attention={"layer": batch})
+    return Forward(ids, lengths.long(), attention={"layer": batch}, tapped=False)
 
 
 def warmed(model: Toy) -> Replay:
