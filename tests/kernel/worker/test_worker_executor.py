@@ -155,6 +155,19 @@ def test_an_error_inside_a_step_is_the_engines_death_with_its_cause():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_a_step_that_finds_no_memory_says_what_to_lower(monkeypatch):
+    executor = InProcessExecutor(plan_of(), INFO)
+    report = executor.start()
+    executor.allocate(ALLOCATION)
+
+    def full(forward):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(executor._worker.runner, "graphs", full)
+    with pytest.raises(EngineDeadError, match=r"\d rows and \d+ tokens .*2\.00 GiB.*lower engine\.memory_fraction"):
+        drive(executor.submit, report.groups)
+
+
 def test_the_executors_module_imports_no_torch():
     code = "import sys, kernel_core.executor; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
