@@ -85,6 +85,8 @@ class SteadySteps:
             graph = self._record(
                 lambda rows, q_start: self._step(rows, q_start, length, draws), size, self.slots.padding, self.device
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._usable = False
             logger.warning("decode steps run without CUDA graphs: capturing one failed (%s)", error)
