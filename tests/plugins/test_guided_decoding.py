@@ -64,13 +64,14 @@ def test_json_of_real_world_schemas_is_valid(llm, temperature):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_json_of_all_schemas_is_valid(llm, temperature):
     chosen = list(schemas())
     assert len(chosen) >= 200
     finished = all_valid(llm, chosen, temperature)
     print(f"{finished} of {len(chosen)} finished, all valid")
-    assert finished >= 0.9 * len(chosen)
+    assert finished >= 0.6 * len(chosen)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
