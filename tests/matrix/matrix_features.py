@@ -13,15 +13,33 @@ from kernel_core import ConfigError, Engine, PluginError, RequestOutput
 MODEL = "tiny-chat"
 DRAFTS = {"draft_tokens": 3, "adaptive": False}
 
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "town": {"enum": ["Paris", "Rome"]}},
+    "required": ["name", "town"],
+    "additionalProperties": False,
+}
+#: by request; the other requests are free beside them
+GUIDED: dict[int, dict[str, Any]] = {
+    0: {"structured_outputs": {"json": PERSON}, "ignore_eos": False},
+    2: {"structured_outputs": {"regex": "(one |two |three ){2,9}[0-9]{4}"}, "ignore_eos": False},
+    3: {"structured_outputs": {"choice": ["Paris", "Rome", "In Rome, as Bob does"]}},
+    4: {
+        "structured_outputs": {"grammar": 'root ::= "one " item\nitem ::= "two " root | "three " root | "."'},
+        "ignore_eos": False,
+    },
+}
+
 
 @dataclass(frozen=True)
 class Feature:
-    """`plugins` and `keys` configure the engine, `params` go into every request, `priorities` gives each its own, `abort` ends
-    one request midway."""
+    """`plugins` and `keys` configure the engine, `params` go into every request, `some` into those of these numbers,
+    `priorities` gives each its own, `abort` ends one request midway."""
 
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    some: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     priorities: bool = False
     abort: bool = False
 
@@ -45,6 +63,7 @@ FEATURES: dict[str, Feature] = {
     "abort midway": Feature(abort=True),
     "worker_process": Feature(keys={"executor": "worker_process"}),
     "overlapped loop": Feature(keys={"overlap": True}),
+    "guided_decoding": Feature(plugins={"guided_decoding": {}}, some=GUIDED),
 }
 
 _TABLE = "name, town, year: Ann, Paris, 1990; Bob, Rome, 1991; Carl, Oslo, 1992; Dora, Kyiv, 1993; Eva, Lima, 1994. "
@@ -82,7 +101,7 @@ def configuration(features: list[Feature], device: str) -> dict[str, Any]:
 def parameters(features: list[Feature], index: int) -> dict[str, Any]:
     given: dict[str, Any] = {**SAMPLING[index], "max_tokens": LENGTHS[index], "ignore_eos": index % 2 == 0}
     for feature in features:
-        given |= feature.params
+        given |= {**feature.params, **feature.some.get(index, {})}
         if feature.priorities:
             given["priority"] = (3 * index) % 4
     if given.get("n", 1) > 1 and given["temperature"] == 0:
@@ -169,7 +188,7 @@ def plain(asking: tuple[str, ...], device: str) -> dict[str, RequestOutput]:
 def judge(one: str, other: str, device: str) -> Verdict:
     names = dict.fromkeys((one, other))
     features = [FEATURES[name] for name in names]
-    asking = tuple(name for name in names if FEATURES[name].params)
+    asking = tuple(name for name in names if FEATURES[name].params or FEATURES[name].some)
     try:
         got = run(features, device)
     except (ConfigError, PluginError) as error:
