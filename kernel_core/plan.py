@@ -13,7 +13,7 @@ Always: `known - computed == q - max(room - 1, 0)` for a row with `room > 0`, on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -134,6 +134,11 @@ class StepPlan:
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
+    def only(self, kept: np.ndarray) -> StepPlan:
+        """The same step with these of its rows, `kept` [R] bool."""
+        names = ("rows", "start", "q", "room", "write_from", "flags")
+        return replace(self, **{name: getattr(self, name)[kept] for name in names})
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
@@ -172,11 +177,36 @@ class StepResult:
     prompt_logprobs: Logprobs | None = None
     outputs: tuple[tuple[int, str, np.ndarray], ...] = ()  # (slot, name, array)
     acks: tuple[Ack, ...] = ()
-    lost: tuple[tuple[int, int], ...] = ()  # (slot, good tokens)
+    lost: tuple[tuple[int, int], ...] = ()  # (slot, good tokens): computed again from there or before
+    oversized: bool = False  # the device had no memory for a step of this size: all its rows are lost
     failed: tuple[tuple[int, str], ...] = ()  # (slot, reason): ends that request only
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds
     version: int = PLAN_VERSION
+
+    def spread(self, plan: StepPlan, kept: np.ndarray, oversized: bool) -> StepResult:
+        """The result of `plan`, of which only the rows `kept` [R] bool were computed, by this result: the others are lost,
+        their KV from before the step is not."""
+        place = np.flatnonzero(kept).astype(np.int32)
+
+        def full(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(kept.size, np.int32)
+            out[place] = values
+            return out
+
+        def moved(logprobs: Logprobs | None) -> Logprobs | None:
+            return None if logprobs is None else replace(logprobs, row=place[logprobs.row])
+
+        counts = ("computed", "drafted", "accepted", "drafts")
+        return replace(
+            self,
+            offsets=np.concatenate([[0], np.cumsum(full(np.diff(self.offsets)))]).astype(np.int32),
+            **{name: full(getattr(self, name)) for name in counts},
+            logprobs=moved(self.logprobs),
+            prompt_logprobs=moved(self.prompt_logprobs),
+            lost=(*self.lost, *zip(plan.rows[~kept].tolist(), plan.start[~kept].tolist())),
+            oversized=oversized,
+        )
 
 
 # ---- what an executor reports before the first step -------------------------------------------------------------

@@ -8,6 +8,7 @@ function of the events before it (add, abort, open_gate, results).
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,12 @@ from kernel_core.slots import Slots
 from kernel_core.stops import StopTable
 from kernel_core.waiting import Entry, State, WaitingQueue
 
+logger = logging.getLogger("kernel_core")
+GROW_EVERY = 10_000  # plans after which steps that were too large for the device's memory may be twice as large again
+TOO_LARGE = (
+    "the device has no memory for even one token of this request beside its weights and KV; "
+    "lower engine.memory_fraction or engine.kv_memory, which leaves more for the steps"
+)
 RETRY_EVERY = 16  # plans after which requests that a resource refused are tried again without a release
 
 
@@ -89,6 +96,7 @@ class Scheduler:
         self._cached: dict[str, int] = {}  # hit tokens of requests first scheduled in the plan being made
         self._committed = self._arrivals = 0
         self._released = False  # a resource was released since the last plan
+        self._limited_at = 0  # the last plan made before the size of steps was changed
         if not self.kv.fits(allocation.max_model_len - 1, 1 + allocation.draft_width):
             raise CapacityError(
                 f"one request of max_model_len {allocation.max_model_len} does not fit into {allocation.num_blocks} KV blocks; "
@@ -302,7 +310,13 @@ class Scheduler:
         if self._released or self.slots.last_plan % RETRY_EVERY == 0:
             self.queue.retry()
             self._released = False
+        if self.selector.budget < self.selector.most and self.slots.last_plan - self._limited_at >= GROW_EVERY:
+            self._limit(2 * self.selector.budget)
         return self._freeze(self.selector.select(any(flight.rows.size for flight in self._flights)))
+
+    def _limit(self, tokens: int) -> None:
+        self.selector.limit(tokens)
+        self._limited_at = self.slots.last_plan
 
     def _freeze(self, sel: Selection) -> StepPlan:
         """Allocate, advance the bounds, and copy everything that the plan says."""
@@ -394,10 +408,13 @@ class Scheduler:
             if entry is not None:
                 self.prefixes.spoilt(entry)
                 self.fail(entry, reason)
-        for slot, _ in result.lost:
+        if result.oversized and flight.plan.plan_id > self._limited_at:
+            self._oversized(flight)
+        for slot, good in result.lost:
             entry = self._owner(flight, slot)
             if entry is not None:
-                self.prefixes.spoilt(entry)
+                if not (flight.plan.start[flight.rows == slot] <= good).any():
+                    self.prefixes.spoilt(entry)
                 self._recompute(flight, entry)
         outcome = columns.Outcome.of(flight.ids, self.slots.known_done.take(flight.rows), gained)
         if self.slots.closures == flight.closures:
@@ -408,9 +425,24 @@ class Scheduler:
         outcome.kept, outcome.whole = np.where(live, gained, 0), False
         return outcome, np.flatnonzero(live)
 
+    def _oversized(self, flight: Flight) -> None:
+        """Plan smaller steps from now on; a step that cannot be smaller ends its request."""
+        tokens = int(flight.plan.q.sum())
+        if tokens > 1:
+            self._limit(tokens // 2)
+            logger.warning(
+                "the device has no memory for a step of %d tokens: its requests are computed again, %d tokens a step at most; "
+                "lower engine.memory_fraction, engine.max_tokens_per_step or engine.max_requests",
+                *(tokens, self.selector.budget),
+            )
+        else:
+            for entry in filter(None, (self._owner(flight, slot) for slot in flight.rows.tolist())):
+                self.fail(entry, TOO_LARGE)
+
     def _recompute(self, flight: Flight, entry: Entry) -> None:
         """Some of its KV is lost: start again with its committed tokens, and drop what was computed from the loss."""
         if entry.state is State.RUNNING:
+            self.preemptions += 1
             self._take_back(entry)
         for other in (flight, *self._flights):
             other.drained = {slot: drained for slot, drained in other.drained.items() if drained is not entry}

@@ -85,9 +85,9 @@ class Selector:
         self.lookback = allocation.lookback
         self.policy, self.resources, self.lifecycle = policy, resources, lifecycle
         self.greedy = type(policy) is FirstComeFirstServed  # as large a chunk as there is room for: nobody to ask
-        self.budget = min(config.max_tokens_per_step, allocation.max_tokens_per_step)
-        self.max_chunk = config.max_prompt_chunk or self.budget
-        self.draft_width, self.depth = min(allocation.draft_width, self.budget - 1), depth
+        self.most = min(config.max_tokens_per_step, allocation.max_tokens_per_step)
+        self._widest, self._longest, self.depth = allocation.draft_width, config.max_prompt_chunk or self.most, depth
+        self.limit(self.most)
         self.mixed = capabilities.mixed_lengths
         self.max_long_rows = _ANY if capabilities.max_long_rows is None else capabilities.max_long_rows
         self.lengths = None if capabilities.query_lengths is None else np.sort(capabilities.query_lengths)
@@ -98,6 +98,12 @@ class Selector:
         self._ones = np.ones(allocation.max_slots, np.int32)
         self._ones.setflags(write=False)  # plans share it
         self._chunk_turn = True
+
+    def limit(self, tokens: int) -> None:
+        """No step computes more than these from now on (at most `most`)."""
+        self.budget = min(tokens, self.most)
+        self.max_chunk = min(self._longest, self.budget)
+        self.draft_width = min(self._widest, self.budget - 1)
 
     def select(self, inflight: bool) -> Selection:
         sel = Selection(self.budget, inflight, [0] * len(self.kv.groups), self.max_long_rows)

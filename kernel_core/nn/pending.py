@@ -19,7 +19,8 @@ UNUSABLE = "the model gave NaN, or no token is allowed"
 
 @dataclass(slots=True)
 class Pending:
-    """A submitted step. `settle` tells the runner that it is over, before the result is made."""
+    """A submitted step. `settle` tells the runner that it is over, before the result is made. `whole`: what was planned, and
+    which of its rows [R] bool `plan` has; the others are lost."""
 
     plan: StepPlan
     layout: Layout | None = None
@@ -32,6 +33,8 @@ class Pending:
     observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
     started: float = 0.0
     arrays: dict[str, np.ndarray] | None = None
+    whole: tuple[StepPlan, np.ndarray] | None = None
+    oversized: bool = False
 
     def wait(self) -> dict[str, np.ndarray]:
         """The step's host arrays. Called in order of submission."""
@@ -41,6 +44,10 @@ class Pending:
 
     def result(self) -> StepResult:
         """Wait and make the result. Called once."""
+        result = self._result()
+        return result if self.whole is None else result.spread(*self.whole, self.oversized)
+
+    def _result(self) -> StepResult:
         if self.settle is not None:
             self.settle(self)
         host, empty = self.wait(), np.zeros(0, np.int32)

@@ -13,6 +13,7 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -42,6 +43,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "sampler": Sampler,
     "steady": lambda runner: None,
 }
+logger = logging.getLogger("kernel_core")
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
@@ -83,15 +85,37 @@ class Runner:
         self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
         self._going_on: list[tuple[Job, LongJob]] = []
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
+        self._lost = np.zeros(slots, bool)  # slots with a row that was not computed; plans name them until they are closed
         self._steady = parts["steady"](self)
 
     # ---- the step
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Pending:
-        """Start a step. On a device that runs by itself nothing here waits for it, but for host transforms and drafters."""
+        """Start a step. On a device that runs by itself nothing here waits for it, but for host transforms and drafters.
+
+        When the device has no memory for it, its rows are lost, and with them those of the same slots in later plans."""
         clock = _Clock()
         acks = self._apply(plan)
+        kept = ~self._lost[plan.rows]
+        pending = self._attempted(plan if kept.all() else plan.only(kept), acks, clock)
+        if pending is None:
+            self._lost[plan.rows] = True
+            kept[:] = False
+            pending = Pending(plan.only(kept), acks=acks, timings=clock.done(), settle=self.settle, oversized=True)
+        if not kept.all():
+            pending.whole = (plan, kept)
+        return pending
+
+    def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending | None:
+        """None: there was no memory for it. Whatever it did to its slots is undone when they are opened again."""
+        try:
+            return self._run(plan, acks, clock)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a step of %d rows and %d tokens: %s", len(plan.rows), int(plan.q.sum()), str(error))
+            return None
+
+    def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending:
         if not len(plan.rows):
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
         if self._steady is not None and (download := self._steady(plan)) is not None:
@@ -151,6 +175,7 @@ class Runner:
 
     def _open_and_close(self, plan: StepPlan) -> None:
         listeners = [*self.step_inputs, *([self.drafter] if self.drafter else [])]
+        self._lost[plan.closed] = False
         for slot in plan.closed.tolist():
             self.transforms.close(slot)
             for part in listeners:

@@ -198,14 +198,14 @@ class Worker:
 
     def submit(self, plan: StepPlan) -> Pending:
         """Start a step. Where the device declares `async_submit` this returns while it runs. Rate: step. Raises CapacityError
-        when the device has no memory for it."""
+        when the device has no memory for what comes before its forward; for the step itself, `Runner.submit` says it."""
         if self.runner is None:
             raise CapacityError("the worker has no KV yet: call allocate() before the first step")
         try:
             return self._probed(plan) if self._probes else self.runner.submit(plan)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"no memory for a step of {len(plan.rows)} rows and {int(plan.q.sum())} tokens ({error}); "
+                f"no memory to begin a step of {len(plan.rows)} rows and {int(plan.q.sum())} tokens ({error}); "
                 "lower engine.memory_fraction, engine.max_tokens_per_step or engine.max_requests"
             ) from error
 

@@ -155,15 +155,15 @@ def test_an_error_inside_a_step_is_the_engines_death_with_its_cause():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_step_that_finds_no_memory_says_what_to_lower(monkeypatch):
+def test_a_step_that_has_no_memory_to_begin_with_says_what_to_lower(monkeypatch):
     executor = InProcessExecutor(plan_of(), INFO)
     report = executor.start()
     executor.allocate(ALLOCATION)
 
-    def full(forward):
+    def full(new_blocks):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(executor._worker.runner, "graphs", full)
+    monkeypatch.setattr(executor._worker.runner.tables, "update", full)
     with pytest.raises(EngineDeadError, match=r"\d rows and \d+ tokens .*2\.00 GiB.*lower engine\.memory_fraction"):
         drive(executor.submit, report.groups)
 
