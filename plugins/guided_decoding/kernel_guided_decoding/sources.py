@@ -17,9 +17,9 @@ SPACING: Mapping[str, Mapping[str, Any]] = {
     "flexible": {"whitespace_flexible": True},
 }
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-#: keywords whose value is a schema, a list of schemas, or schemas by name
-ONE = ("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
-MANY, NAMED = ("allOf", "anyOf", "oneOf", "prefixItems"), ("properties", "patternProperties", "$defs", "definitions")
+#: keywords whose value is schemas by name, and whose value is none
+NAMED = ("properties", "patternProperties", "$defs", "definitions")
+DATA = ("const", "enum", "default", "examples", "example")
 #: what the back end does not do, or not in full
 REFUSED = (
     *("uniqueItems", "contains", "minContains", "maxContains", "not", "if", "then", "else", "propertyNames"),
@@ -36,23 +36,24 @@ def limits() -> LLParserLimits:
 
 def source(kind: str, value: Any, whitespace: str, max_bytes: int, is_token: Callable[[str], bool]) -> str:
     """Of one constraint of `StructuredOutputs`; `is_token`: a text is one token of the model. Raises RequestError."""
-    size = len(value if isinstance(value, str) else json.dumps(value))
-    if size > max_bytes:
-        raise RequestError(f"structured_outputs: {kind} has {size} bytes; plugins.guided_decoding.max_bytes is {max_bytes}")
     try:
+        size = len(value if isinstance(value, str) else json.dumps(value))
+        if size > max_bytes:
+            raise RequestError(f"structured_outputs: {kind} has {size} bytes; plugins.guided_decoding.max_bytes is {max_bytes}")
         if kind == "structural_tag":
             return _structural_tag(value, whitespace, is_token)
         return _MAKERS[kind](value, whitespace)
     except RequestError:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RequestError(f"structured_outputs: this {kind} cannot be read: {error}") from error
 
 
 def _choice(value: list[str], whitespace: str) -> str:
     if not all(value):
         raise RequestError("structured_outputs: choice has an empty text; leave it out")
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value))
+    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")  # a terminal: thousands of texts are one automaton
 
 
 def _regex(value: str, whitespace: str) -> str:
@@ -130,18 +131,19 @@ def check_schema(schema: Any) -> None:
 
 
 def _schemas(schema: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All schemas within one, with their paths."""
+    """All schemas within one, with their paths: also what a reference may lead to, as #/components/schemas/Name."""
+    if isinstance(schema, list):
+        for number, part in enumerate(schema):
+            yield from _schemas(part, f"{path}/{number}")
     if not isinstance(schema, Mapping):
         return
     yield path, schema
-    for name in ONE:
-        yield from _schemas(schema.get(name), f"{path}/{name}")
-    for name in MANY:
-        for number, part in enumerate(schema.get(name) or ()):
-            yield from _schemas(part, f"{path}/{name}/{number}")
-    for name in NAMED:
-        for key, part in (schema.get(name) or {}).items():
-            yield from _schemas(part, f"{path}/{name}/{key}")
+    for name, value in schema.items():
+        if name in NAMED and isinstance(value, Mapping):
+            for key, part in value.items():
+                yield from _schemas(part, f"{path}/{name}/{key}")
+        elif name not in DATA:
+            yield from _schemas(value, f"{path}/{name}")
 
 
 @lru_cache(maxsize=1024)
