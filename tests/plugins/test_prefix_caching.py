@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kernel_core import LLM, SamplingParams
 from kernel_core.plan import NO_PREFIX_READ, NO_PREFIX_WRITE
@@ -210,3 +211,26 @@ def test_flags_of_the_kernel_are_set_by_the_fields(llm):
     assert made_.flags & (NO_PREFIX_READ | NO_PREFIX_WRITE) == NO_PREFIX_READ | NO_PREFIX_WRITE and made_.identity
     plain = accept("x", BASE, params(0)).requests[0]
     assert plain.flags == 0 and plain.identity == b""
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_without_memory_costs_no_kept_block(alone, overlap):
+    """What earlier steps filled is still found when the request is computed again."""
+    with made(overlap=overlap) as llm:
+        runner = llm.engine.core.executor._worker.runner
+        inner, ran, failed = runner.graphs, [], []
+
+        def small(forward):
+            if len(forward.token_ids) > 40:
+                failed.append(len(forward.token_ids))
+                raise torch.OutOfMemoryError("told to")
+            ran.append(len(forward.token_ids))
+            return inner(forward)
+
+        assert greedy(llm, PROMPTS[2]).num_cached_tokens == 0
+        runner.graphs = small
+        greedy(llm, PROMPTS[2] + ids(60))
+        assert failed == [60] and sum(ran) == 60 + 11, "the 32 tokens of the hit were computed again"
+        assert tokens(llm.generate(PROMPTS, [params(i) for i in range(len(PROMPTS))])) == alone
+        assert greedy(llm, PROMPTS[2]).num_cached_tokens == 31
+        llm.engine.core.scheduler.check()
