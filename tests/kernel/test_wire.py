@@ -102,3 +102,16 @@ def test_a_result_is_not_a_plan():
     z = np.zeros(0, np.int32)
     with pytest.raises(msgspec.ValidationError):
         wire.decode(wire.encode(StepResult(1, z, z, z, z, z, z)), StepPlan)
+
+
+def test_a_partial_result_crosses_as_that_of_the_whole_plan():
+    a = lambda *values: np.array(values, np.int32)  # noqa: E731
+    plan = StepPlan(7, a(4, 2, 9), a(5, 6, 7), a(1, 1, 1), a(1, 1, 1), a(0, 0, 0), a(0, 0, 0))
+    logprobs = Logprobs(a(0, 1), a(6, 8), a([1], [2]), np.zeros((2, 1), np.float32), a(1, 1))
+    part = StepResult(7, a(11, 12), a(0, 1, 2), a(6, 8), a(0, 0), a(0, 0), a(0, 0), logprobs)
+    kept = np.array([True, False, True])
+    assert plan.only(kept).rows.tolist() == [4, 9]
+    whole = wire.decode(wire.encode(part.spread(plan, kept, False)), StepResult)
+    assert whole.offsets.tolist() == [0, 1, 1, 2] and whole.tokens.tolist() == [11, 12]
+    assert whole.computed.tolist() == [6, 0, 8] and whole.logprobs.row.tolist() == [0, 2]
+    assert whole.lost == ((2, 6),) and not whole.oversized
