@@ -23,12 +23,12 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._socket = messages.configure(self._context.socket(zmq.DEALER))
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.connect(address)
         self._handles = [socket.getsockopt(zmq.FD) for socket in (self._socket, self._monitor)]
         for handle in self._handles:
             self._loop.add_reader(handle, self._readable)
-        self._closed = False
+        self._closed = self._met = False
 
     def send(self, message: bytes) -> None:
         """Queue it; never waits. Nothing happens on a link that is closed."""
@@ -58,10 +58,14 @@ class Link:
         return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
 
     def _disconnected(self) -> bool:
-        events = []
+        """Did a process that answered go away? One that is dying may still be connected to, and never answers: zmq then tries
+        again by itself, and what was queued goes to the next one."""
         while self._arrived(self._monitor):
-            events.append(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"])
-        return zmq.EVENT_DISCONNECTED in events
+            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event == zmq.EVENT_DISCONNECTED and self._met:
+                return True
+            self._met = self._met or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return False
 
     def close(self) -> None:
         """Idempotent."""
