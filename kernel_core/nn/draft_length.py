@@ -1,6 +1,6 @@
 """How many drafts pay: measured acceptance against measured step times.
 
-A step of n rows that verifies d drafts takes about c0 + c1 d seconds (fitted per number of rows, with forgetting) and gives
+A step of n rows that verifies and proposes d drafts takes about c0 + c1 d seconds (measured per number of rows) and gives
 n + sum over rows of (a + a^2 + ... + a^k) tokens, a being the row's acceptance. A row's k-th draft raises tokens per second
 exactly if a^k > c1 * (tokens / seconds) of the step, so drafts are added while that holds. Now and then, ever more rarely, a
 step goes the other way, with no drafts or with a few, so that both costs stay measured.
@@ -18,8 +18,9 @@ from kernel_core.nn.protocols import DraftOutcome
 
 PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
 PROBE_ROWS = 4  # of them draft in such a step
-FIRST = 3  # steps of each kind before anything is decided
-FORGET = 0.95  # weight of what was measured, with each newer measurement
+FIRST = 5  # steps of each kind before anything is decided
+RENEW = 0.1  # weight of a newer measurement of time
+FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 SLEEP_AFTER, NAP, LONGEST_NAP = 32, 512, 16384  # steps that did not pay until it sleeps, and how many it sleeps
 WORTH = 0.02  # a smaller share of a step's time is no reason to sleep
@@ -28,14 +29,31 @@ REST = 64  # steps that it sleeps at least for the time of one step that it lost
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 
-class StepCost:
-    """seconds = c0 + c1 * drafts of the steps with about the same number of rows: least squares with forgetting."""
+class Mean:
+    """A moving mean. It starts from the least of the first few measurements, as those may have built or recorded something; one
+    that was disturbed says little."""
 
     def __init__(self) -> None:
-        self.sums = np.zeros(5)  # of 1, d, d^2, t, d t
-        self.plain = self.drafting = 0  # steps measured without and with drafts
-        self.idle = 0.0  # seconds that the drafter takes in a step in which it proposes nothing
-        self.asleep = 0.0  # seconds of a step in which it slept, 0: never measured
+        self.value, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        if self.count <= FIRST:
+            self.value = min(value, self.value) if self.count > 1 else value
+        else:
+            self.value += RENEW * (min(value, 4 * self.value) - self.value)
+
+
+class StepCost:
+    """seconds = c0 + c1 * drafts of the steps with about the same number of rows: a line through the mean of the steps that
+    neither verified nor proposed drafts, and that of the others. A step's drafts are half what it verified and half what it
+    proposed."""
+
+    def __init__(self) -> None:
+        self.plain = Mean()  # seconds without drafts
+        self.idle = Mean()  # of them, the drafter's own
+        self.asleep = Mean()  # seconds of a step in which it slept
+        self.drafting, self.drafts = Mean(), Mean()  # seconds with drafts, and how many
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
     def probes(self, on: bool) -> bool:
@@ -48,30 +66,22 @@ class StepCost:
         self.since, self.interval = 0, min(2 * self.interval, PROBE_AT_LEAST)
         return True
 
-    def add(self, drafts: int, seconds: float) -> None:
-        if self.plain + self.drafting > 2 * FIRST:
-            seconds = min(seconds, 4 * self.predict(drafts))  # a disturbed step says little
-        self.sums = self.sums * FORGET + np.array([1, drafts, drafts**2, seconds, drafts * seconds])
+    def add(self, drafts: float, seconds: float, own: float) -> None:
         if drafts:
-            self.drafting += 1
+            self.drafting.add(seconds)
+            self.drafts.add(drafts)
         else:
-            self.plain += 1
-
-    def rested(self, seconds: float) -> None:
-        """A step in which the drafter slept."""
-        seconds = min(seconds, 4 * self.asleep) if self.asleep else seconds
-        self.asleep += (0.1 if self.asleep else 1.0) * (seconds - self.asleep)
+            self.plain.add(seconds)
+            self.idle.add(own)
 
     def line(self) -> tuple[float, float]:
         """(c0, c1), neither negative."""
-        n, d, dd, t, dt = self.sums
-        spread = n * dd - d * d
-        slope = max((n * dt - d * t) / spread, 0.0) if spread > 1e-9 * max(n * dd, 1.0) else 0.0
-        return max((t - slope * d) / n, 1e-9), slope
+        slope = max(self.drafting.value - self.plain.value, 0.0) / max(self.drafts.value, 0.5)
+        return max(self.plain.value, 1e-9), slope
 
-    def predict(self, drafts: int) -> float:
-        fixed, each = self.line()
-        return fixed + each * drafts
+    def without(self) -> float:
+        """Seconds of a step without the drafter."""
+        return self.asleep.value or max(self.plain.value - self.idle.value, 1e-9)
 
 
 class DraftLength:
@@ -108,7 +118,7 @@ class DraftLength:
         """Learn from a step; see `Drafter.observe`."""
         if self._sleeps:
             if outcome.decode_only:
-                self._cost(len(outcome.slots)).rested(outcome.seconds)
+                self._cost(len(outcome.slots)).asleep.add(outcome.seconds)
             self._sleeps -= 1
             if not self._sleeps:  # measure anew at once
                 for cost in self.costs.values():
@@ -123,10 +133,8 @@ class DraftLength:
         self.drafted[slots] = FORGET * self.drafted[slots] + tried[drafted]
         self.overall = 0.99 * self.overall + (outcome.accepted.sum(), tried.sum())
         if outcome.decode_only:
-            cost = self._cost(len(outcome.slots))
-            cost.add(int(outcome.drafted.sum()), outcome.seconds)
-            if not outcome.proposed:
-                cost.idle += 0.2 * (outcome.own - cost.idle)
+            drafts = (int(outcome.drafted.sum()) + outcome.proposed) / 2
+            self._cost(len(outcome.slots)).add(drafts, outcome.seconds, outcome.own)
 
     def _cost(self, rows: int) -> StepCost:
         return self.costs.setdefault(max(rows, 1).bit_length(), StepCost())
@@ -139,13 +147,13 @@ class DraftLength:
         if not most.any():
             return np.zeros(count, np.int32)
         cost = self._cost(count)
-        if cost.drafting < FIRST:
-            return self._some(slots, most)
-        if cost.plain < FIRST:
+        if cost.plain.count < FIRST:
             return np.zeros(count, np.int32)
+        if cost.drafting.count < FIRST:
+            return self._some(slots, most)
         chosen, speed = self._best(cost, slots, most)
         on = bool(chosen.any())
-        self._doze(speed, count / (cost.asleep or max(cost.line()[0] - cost.idle, 1e-9)))
+        self._doze(speed, count / cost.without())
         if cost.probes(on):
             return np.zeros(count, np.int32) if on else self._some(slots, most)
         return chosen
