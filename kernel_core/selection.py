@@ -141,7 +141,7 @@ class Selector:
     def _decodes(self, sel: Selection, rows: np.ndarray, known: np.ndarray, prompts: bool) -> None:
         room = self._ones[: rows.size]
         total = rows.size
-        if self.draft_width:
+        if self.draft_width and self.slots.width.take(rows).any():
             room = self._rooms(rows, known, prompts)
             total = int(room.sum())
         if total > sel.budget:
@@ -151,7 +151,7 @@ class Selector:
             total = int(room.sum())
         sel.rows, sel.q, sel.room = rows, room, room
         sel.budget -= total
-        if self.draft_width:
+        if total > rows.size:
             sel.long_rows -= int((room > 1).sum())
         if not self.mixed:
             sel.length = int(room[0])

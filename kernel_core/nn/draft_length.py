@@ -5,9 +5,10 @@ n + sum over rows of (a + a^2 + ... + a^k) tokens, a being the row's acceptance.
 exactly if a^k > c1 * (tokens / seconds) of the step, so drafts are added while that holds. Now and then, ever more rarely, a
 step goes the other way, with no drafts or with a few, so that both costs stay measured.
 
-Layers of a drafter cost time even where nothing is drafted, as they read what the target computed. When drafts have not paid for
-that for a while, the drafter sleeps: it is not asked at all, for longer each time. Rows whose tokens its layers missed
-are never drafted for again; those that come after it woke are.
+Layers of a drafter cost time even where nothing is drafted, as they read what the target computed. Every step that took longer
+than its tokens would have taken without the drafter makes a debt, and what a step wins pays it off. When it is too large the
+drafter sleeps: it is not asked at all until a small share of the time that has passed since has paid the debt, so that share is
+the most that is ever lost. Rows whose tokens its layers missed are never drafted for again; those that come after it woke are.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ FIRST = 5  # steps of each kind before anything is decided
 RENEW = 0.1  # weight of a newer measurement of time
 FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
-SLEEP_AFTER, NAP, LONGEST_NAP = 32, 512, 16384  # steps that did not pay until it sleeps, and how many it sleeps
-WORTH = 0.02  # a smaller share of a step's time is no reason to sleep
-HURRY = 4  # a step that loses that many times more counts as that many
-REST = 64  # steps that it sleeps at least for the time of one step that it lost
+LIMIT = 8  # of the debt, in steps without the drafter
+SHARE = 0.01  # of the time without the drafter that pays the debt
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 
@@ -51,8 +50,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self.plain = Mean()  # seconds without drafts
-        self.idle = Mean()  # of them, the drafter's own
-        self.asleep = Mean()  # seconds of a step in which it slept
+        self.without = Mean()  # without the drafter: it slept, or its own seconds are taken off
         self.drafting, self.drafts = Mean(), Mean()  # seconds with drafts, and how many
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
@@ -72,16 +70,12 @@ class StepCost:
             self.drafts.add(drafts)
         else:
             self.plain.add(seconds)
-            self.idle.add(own)
+            self.without.add(seconds - own)
 
     def line(self) -> tuple[float, float]:
         """(c0, c1), neither negative."""
         slope = max(self.drafting.value - self.plain.value, 0.0) / max(self.drafts.value, 0.5)
         return max(self.plain.value, 1e-9), slope
-
-    def without(self) -> float:
-        """Seconds of a step without the drafter."""
-        return self.asleep.value or max(self.plain.value - self.idle.value, 1e-9)
 
 
 class DraftLength:
@@ -93,7 +87,7 @@ class DraftLength:
     def __init__(self, width: int, max_slots: int, tree: bool = False, keeps_up: bool = False) -> None:
         self.width, self.tree, self.keeps_up = width, tree, keeps_up
         self._open, self._behind = np.zeros(max_slots, bool), np.zeros(max_slots, bool)
-        self._unpaid, self._lost, self._sleeps, self._nap = 0.0, 0.0, 0, NAP
+        self._debt, self._sleeping = 0.0, False
         self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
         self.overall = np.array(PRIOR)
         self.costs: dict[int, StepCost] = {}
@@ -102,7 +96,7 @@ class DraftLength:
     @property
     def asleep(self) -> bool:
         """Is nobody to be drafted for? Rate: step."""
-        return self._sleeps > 0 or bool(self._behind.any() and not (self._open & ~self._behind).any())
+        return self._sleeping or bool(self._behind.any() and not (self._open & ~self._behind).any())
 
     def closed(self, slot: int) -> None:
         """The request left the slot."""
@@ -110,19 +104,15 @@ class DraftLength:
 
     def opened(self, slot: int) -> None:
         """A request takes the slot: it starts from the average of those before it."""
-        self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeps > 0
+        self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeping
         share = self.overall[0] / self.overall[1]
         self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
 
     def observe(self, outcome: DraftOutcome) -> None:
         """Learn from a step; see `Drafter.observe`."""
-        if self._sleeps:
-            if outcome.decode_only:
-                self._cost(len(outcome.slots)).asleep.add(outcome.seconds)
-            self._sleeps -= 1
-            if not self._sleeps:  # measure anew at once
-                for cost in self.costs.values():
-                    cost.since = cost.interval
+        cost = self._cost(len(outcome.slots))
+        if not outcome.asked:
+            self._rest(outcome, cost)
             return
         tried = np.minimum(outcome.accepted + 1, outcome.drafted)  # drafts behind a rejected one were not decided
         drafted = outcome.drafted > 0
@@ -133,11 +123,34 @@ class DraftLength:
         self.drafted[slots] = FORGET * self.drafted[slots] + tried[drafted]
         self.overall = 0.99 * self.overall + (outcome.accepted.sum(), tried.sum())
         if outcome.decode_only:
-            drafts = (int(outcome.drafted.sum()) + outcome.proposed) / 2
-            self._cost(len(outcome.slots)).add(drafts, outcome.seconds, outcome.own)
+            cost.add((int(outcome.drafted.sum()) + outcome.proposed) / 2, outcome.seconds, outcome.own)
+        if cost.plain.count >= FIRST:
+            self._owe(outcome, cost)
+
+    def _rest(self, outcome: DraftOutcome, cost: StepCost) -> None:
+        if outcome.decode_only:
+            cost.without.add(outcome.seconds)
+        self._debt = max(self._debt - SHARE * outcome.seconds, 0.0)
+        if self._sleeping and not self._debt:
+            self._sleeping = False
+            for other in self.costs.values():  # measure anew at once
+                other.since = other.interval
+
+    def _owe(self, outcome: DraftOutcome, cost: StepCost) -> None:
+        rows, without, (fixed, each) = len(outcome.slots), cost.without.value, cost.line()
+        most = 4 * (fixed + each * (int(outcome.drafted.sum()) + outcome.proposed))  # more was a disturbance
+        lost = min(outcome.seconds, most) - without if outcome.decode_only else min(outcome.own, most)
+        self._debt = max(self._debt + lost - without * int(outcome.accepted.sum()) / rows, 0.0)
+        if self._debt > LIMIT * without and not self._sleeping:
+            self._sleeping = True
+            if self.keeps_up:
+                self._behind |= self._open
 
     def _cost(self, rows: int) -> StepCost:
-        return self.costs.setdefault(max(rows, 1).bit_length(), StepCost())
+        size = max(rows, 1).bit_length()
+        if size not in self.costs:
+            self.costs[size] = StepCost()
+        return self.costs[size]
 
     def lengths(self, slots: np.ndarray, most: np.ndarray | None = None) -> np.ndarray:
         """Drafts to propose for these slots [n] → int32 [n], 0..width, and up to `most` [n] where it is given
@@ -151,25 +164,11 @@ class DraftLength:
             return np.zeros(count, np.int32)
         if cost.drafting.count < FIRST:
             return self._some(slots, most)
-        chosen, speed = self._best(cost, slots, most)
+        chosen = self._best(cost, slots, most)
         on = bool(chosen.any())
-        self._doze(speed, count / cost.without())
         if cost.probes(on):
             return np.zeros(count, np.int32) if on else self._some(slots, most)
         return chosen
-
-    def _doze(self, awake: float, asleep: float) -> None:
-        """Tokens a second with the best lengths, and without the drafter."""
-        if awake >= (1 - WORTH) * asleep:
-            self._unpaid, self._lost, self._nap = 0.0, 0.0, NAP
-            return
-        self._lost += asleep / awake - 1
-        self._unpaid += min((1 - awake / asleep) / WORTH, HURRY)
-        if self._unpaid > SLEEP_AFTER:
-            self._sleeps = max(self._nap, min(int(REST * self._lost), LONGEST_NAP))
-            self._unpaid, self._lost, self._nap = 0.0, 0.0, min(2 * self._nap, LONGEST_NAP)
-            if self.keeps_up:
-                self._behind |= self._open
 
     def _some(self, slots: np.ndarray, most: np.ndarray) -> np.ndarray:
         """Drafts for a few rows, other ones each time."""
@@ -180,20 +179,18 @@ class DraftLength:
             lengths[chosen] = np.minimum(self.width if self.tree else -(-self.width // 2), most[chosen])
         return lengths
 
-    def _best(self, cost: StepCost, slots: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, float]:
-        """Lengths, and the tokens a second that they should give."""
+    def _best(self, cost: StepCost, slots: np.ndarray, most: np.ndarray) -> np.ndarray:
         fixed, each = cost.line()
         able = ~self._behind[slots] & (most > 0)
         share = np.where(able, self.accepted[slots] / self.drafted[slots], 0.0)
         if self.tree:
             size = np.where(able, most, 0)
             speed, plain = (len(slots) + share.sum()) / (fixed + each * size.sum()), len(slots) / fixed
-            return (size * (speed > plain)).astype(np.int32), max(speed, plain)
+            return (size * (speed > plain)).astype(np.int32)
         place = np.arange(1, self.width + 1)
         gain = np.minimum(share, 0.995)[:, None] ** place * (place <= most[:, None])  # of each further draft
         taken = np.zeros(gain.shape, bool)
         for _ in range(ROUNDS):
             rate = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())
             taken = gain > each * rate
-        speed = (len(slots) + gain[taken].sum()) / (fixed + each * taken.sum())
-        return taken.sum(1).astype(np.int32), float(speed)
+        return taken.sum(1).astype(np.int32)

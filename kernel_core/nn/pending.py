@@ -31,6 +31,7 @@ class Pending:
     timings: dict[str, float] = field(default_factory=dict)
     settle: Callable[[Pending], None] | None = None
     observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
+    asked: bool = True  # was the drafter?
     started: float = 0.0
     arrays: dict[str, np.ndarray] | None = None
     whole: tuple[StepPlan, np.ndarray] | None = None
@@ -80,7 +81,8 @@ class Pending:
         decode_only = bool((plan.q == plan.room).all() and (plan.room > 0).all())
         seconds = perf_counter() - self.started
         own = self.timings.get("propose", 0.0)
-        return DraftOutcome(plan.rows.astype(np.int64), drafted, accepted, int(plan.q.sum()), decode_only, seconds, own, proposed)
+        rows, asked = plan.rows.astype(np.int64), self.asked
+        return DraftOutcome(rows, drafted, accepted, decode_only, seconds, own, proposed, asked)
 
     def _logprobs(self, host: Mapping[str, np.ndarray], count: np.ndarray) -> Logprobs | None:
         """Those of the places that the accepted path went through, in path order."""

@@ -347,6 +347,8 @@ class Target:
     load: Callable[[ModelInfo, ModelFamily | None], nn.Module]
     """Build and load a checkpoint with a family (None: by its architecture), weight formats included, wrappers not. Its
     attention layers get KV of their own. Raises ConfigError."""
+    graphs: Callable[[nn.Module], Callable[..., Any]] = lambda module: module
+    """The runner part of that name for a module of the drafter's: to be called instead of it, faster where the device can."""
 
 
 @dataclass(slots=True)
@@ -411,11 +413,11 @@ class DraftOutcome:
     slots: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
-    tokens: int  # tokens that the step computed, drafts included
     decode_only: bool  # every row had exactly one token that is no draft
     seconds: float  # from the start of the step to its result
     own: float = 0.0  # of these, host seconds of `propose`
     proposed: int = 0  # drafts that `propose` returned in this step
+    asked: bool = True  # False: the drafter slept
 
 
 @runtime_checkable

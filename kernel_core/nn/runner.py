@@ -4,7 +4,8 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
 
     block_tables  (num_groups, max_slots, max_len, block_size, device) → like `slots.BlockTables`
     step_inputs   (slots, tables, groups, tree) → like `inputs.StepInputBuilder`
-    graphs        (model) → callable Forward → hidden states, e.g. one that replays captured graphs
+    graphs        (module, *others whose weights it reads) → callable as the module, Forward and further tensors → tensors that
+                  are the caller's, e.g. one that replays captured graphs; for the model and for the layers of a drafter
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
     steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
                   `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would,
@@ -39,7 +40,7 @@ from kernel_core.plan import Ack, Allocation, Job, StepPlan
 PARTS: Mapping[str, Callable[..., Any]] = {
     "block_tables": BlockTables,
     "step_inputs": StepInputBuilder,
-    "graphs": lambda model: model,
+    "graphs": lambda module, *others: module,
     "sampler": Sampler,
     "steady": lambda runner: None,
 }
@@ -138,7 +139,7 @@ class Runner:
         logprobs = sampled.logprobs if sampled else None
         pending = Pending(plan, step.layout, download, logprobs, prompt, acks, clock.done(), self.settle)
         if self.drafter is not None:
-            pending.observe, pending.started = self.drafter.observe, clock.started
+            pending.observe, pending.started, pending.asked = self.drafter.observe, clock.started, drafter is not None
         if self.transforms.has_host:
             self._unsettled.append(pending)
         return pending

@@ -32,7 +32,7 @@ from kernel_core.nn.protocols import (
     WorkerContext,
 )
 from kernel_core.nn.reference_attention import ReferenceAttention
-from kernel_core.nn.runner import Pending, Runner
+from kernel_core.nn.runner import PARTS, Pending, Runner
 from kernel_core.plan import Allocation, Capabilities, StepPlan, StepResult, WorkerReport
 from kernel_core.protocols import Call
 from kernel_core.registry import Registry, find_family
@@ -115,8 +115,17 @@ class Worker:
         """The drafter's own layers, under paths of their own, so that they join the target's KV groups."""
         if not isinstance(self.drafter, LayeredDrafter):
             return None
+        model, graphs = self.model, self.device.runner_parts().get("graphs", PARTS["graphs"])
         module = self.drafter.build(
-            Target(self.info, self.model_context, self.model.embed, self.model.logits, self._find, self._load_for_drafter)
+            Target(
+                self.info,
+                self.model_context,
+                model.embed,
+                model.logits,
+                self._find,
+                self._load_for_drafter,
+                graphs=lambda layers: graphs(layers, model),
+            )
         )
         for layer in module.modules():
             if isinstance(getattr(layer, "spec", None), AttentionSpec):

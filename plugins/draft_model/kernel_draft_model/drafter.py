@@ -29,6 +29,7 @@ class ModelDrafter:
         positions = (info.config.get("text_config") or info.config).get("max_position_embeddings")
         self.limit = min(self.limit, positions or self.limit)
         self.model = target.load(info, None)
+        self._pass = target.graphs(self.model)
         return self.model
 
     def opened(self, opened: Opened) -> None:
@@ -78,7 +79,7 @@ class ModelDrafter:
         batch.forward.positions = batch.forward.positions.clamp(max=self.limit - 1)
         if self.translation:
             batch.forward.token_ids = self.translation.reads[batch.forward.token_ids]
-        return self.model(batch.forward)
+        return self._pass(batch.forward)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[R, V] of the target's vocabulary."""

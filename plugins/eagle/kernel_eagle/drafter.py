@@ -45,6 +45,7 @@ class EagleDrafter:
             method = f"{self.config.method!r} (plugins.eagle.method = {self.section.method!r})"
             raise ConfigError(f"the head {self.info.path}, read as {method}: {error}") from error
         self.head: Head = head
+        self._pass = target.graphs(head)
         return head
 
     def opened(self, opened: Opened) -> None:
@@ -86,7 +87,7 @@ class EagleDrafter:
     def _run(self, batch: DraftBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         """A pair (state i - 1, token i) has the position of its state. Those past the last are not stored, nor used."""
         batch.forward.positions = (batch.forward.positions - 1).clamp(0, self.max_model_len - 1)
-        return self.head(batch.forward, states)
+        return self._pass(batch.forward, states)
 
     def _chain(self, passes: DraftPasses, logits: Tensor, states: Tensor, count: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Each draft is what the request itself would draw from the head's logits."""
