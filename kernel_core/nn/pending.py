@@ -20,7 +20,7 @@ UNUSABLE = "the model gave NaN, or no token is allowed"
 @dataclass(slots=True)
 class Pending:
     """A submitted step. `settle` tells the runner that it is over, before the result is made. `whole`: what was planned, and
-    which of its rows [R] bool `plan` has; the others are lost."""
+    which of its rows [R] bool `plan` has; the others are lost. `reasons`: by slot, why its request cannot go on."""
 
     plan: StepPlan
     layout: Layout | None = None
@@ -36,6 +36,7 @@ class Pending:
     arrays: dict[str, np.ndarray] | None = None
     whole: tuple[StepPlan, np.ndarray] | None = None
     oversized: bool = False
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
     def wait(self) -> dict[str, np.ndarray]:
         """The step's host arrays. Called in order of submission."""
@@ -72,7 +73,7 @@ class Pending:
             logprobs=self._logprobs(host, count),
             prompt_logprobs=self._prompt_logprobs(host),
             acks=self.acks,
-            failed=tuple((int(slots[r]), UNUSABLE) for r in np.flatnonzero(bad)),
+            failed=tuple((int(slots[r]), self.reasons.get(int(slots[r]), UNUSABLE)) for r in np.flatnonzero(bad)),
             timings=self.timings,
         )
 

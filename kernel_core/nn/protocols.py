@@ -296,6 +296,7 @@ class HostTurn:
     drafts: np.ndarray  # [W, m] -1 absent
     parents: np.ndarray  # [W, m] draft index each one continues, -1: the last token
     mask: np.ndarray  # [W, 1 + m, ceil(V / 32)] uint32
+    failed: dict[int, str] = field(default_factory=dict)  # slot → why its request ends with an error; its mask does not matter
 
 
 @runtime_checkable

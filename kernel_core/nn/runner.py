@@ -141,6 +141,7 @@ class Runner:
         if self.drafter is not None:
             pending.observe, pending.started, pending.asked = self.drafter.observe, clock.started, drafter is not None
         if self.transforms.has_host:
+            pending.reasons = dict(self.transforms.failed)
             self._unsettled.append(pending)
         return pending
 

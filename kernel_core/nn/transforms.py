@@ -18,7 +18,7 @@ from kernel_core.nn.transfer import upload
 from kernel_core.plan import NO_TOKEN, Opened
 
 STAGES = ("mask", "bias", "penalty", "temperature")
-ALL_ONES = np.uint32(0xFFFFFFFF)
+ALL_ONES, NOTHING = np.uint32(0xFFFFFFFF), np.uint32(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,15 @@ class MaskRows:
 class Transforms:
     """All transforms of the sampling rank, with the slots each one watches.
 
-    `told` keeps for host transforms what slots gained since their last host turn, and the drafts that wait."""
+    `told` keeps for host transforms what slots gained since their last host turn, and the drafts that wait. `failed`: why a
+    host transform ends a slot's request."""
 
     def __init__(self, transforms: Sequence[LogitsTransform], max_slots: int, draft_width: int, vocab_size: int) -> None:
         self.chain = sorted(transforms, key=lambda t: STAGES.index(t.stage))
         self.watched = np.zeros((len(self.chain), max_slots), bool)
         self.vocab_size, self.width = vocab_size, draft_width
         self.has_host = any(t.host for t in self.chain)
+        self.failed: dict[int, str] = {}
         self._gained: dict[int, list[np.ndarray]] = {}
         self._drafts = np.full((max_slots, draft_width), NO_TOKEN, np.int32)
         self._parents = np.full((max_slots, draft_width), NO_TOKEN, np.int32)
@@ -47,6 +49,7 @@ class Transforms:
         for number, transform in enumerate(self.chain):
             self.watched[number, opened.slot] = transform.opened(opened)
         self._gained.pop(opened.slot, None)
+        self.failed.pop(opened.slot, None)
         self._drafts[opened.slot] = NO_TOKEN
 
     def close(self, slot: int) -> None:
@@ -85,6 +88,8 @@ class Transforms:
             words = np.full((len(slots), 1 + self.width, -(-self.vocab_size // 32)), ALL_ONES)
             turn = HostTurn(slots, [gained[s] for s in slots], self._drafts[slots], self._parents[slots], words)
             self.chain[number].fill(turn)
+            self.failed.update(turn.failed)
+            words[np.isin(slots, list(turn.failed))] = NOTHING
             place = np.searchsorted(slots, layout.logits_slot[rows])
             masks.append(MaskRows(rows, words[place, layout.logits_draft[rows]]))
         return masks

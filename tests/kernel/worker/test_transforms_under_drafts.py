@@ -108,6 +108,12 @@ class HostRule:
                 turn.mask[i, row] = np.uint32(0xAAAAAAAA if parity else 0x55555555)
 
 
+class FailsLater(HostRule):
+    def fill(self, turn):
+        super().fill(turn)
+        turn.failed.update({slot: "the rule has no way on" for slot in turn.slots.tolist() if self.count[slot] >= 3})
+
+
 def by_parity(logits, prompt, output):
     logits[np.arange(V) % 2 != len(output) % 2] = -np.inf
     return logits
@@ -126,6 +132,19 @@ def test_a_host_transform_follows_tokens_drafts_and_parents(tree, depth):
         drafter.future = {t.slot: t.prompt + out for t, out in zip(toys, truth)}
     driver.run()
     assert [t.out for t in toys] == truth
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_host_transform_ends_a_request_with_its_reason(depth):
+    driver = Driver(make_runner(transforms=[FailsLater()]), depth=depth)
+    broken = driver.add([1, 2], 8, payloads={"grammar": b""})
+    other = driver.add([9], 8)
+    driver.run()
+    assert broken.failed == "the rule has no way on" and len(broken.out) == 3
+    assert other.out == oracle([9], 8, other.sampling)
+    again = driver.add([1, 2], 3, payloads={"grammar": b""})
+    driver.run()
+    assert again.failed is None and len(again.out) == 3
 
 
 def test_a_step_without_watched_slots_calls_no_transform():
