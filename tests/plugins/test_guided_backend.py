@@ -1,21 +1,15 @@
-"""What the back end promises, without a model: tokens drawn at random from its masks make what other libraries accept. And what
-it cannot take, or nobody could, fails alone."""
+"""What the back ends promise, without a model: tokens drawn at random from their masks make what other libraries accept. And what
+they cannot take, or nobody could, fails alone."""
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
-
-import jsonschema
-import numpy as np
 import pytest
 from guided_schemas import schemas
+from guided_walks import BOTH, ended, needs_xgrammar, source
 
 from kernel_core import Engine, RequestError
 
-llguidance = pytest.importorskip("llguidance")
+pytest.importorskip("llguidance")
 INTEGER, DIGIT = {"type": "integer"}, {"type": "integer", "minimum": 0, "maximum": 9}
 CLOSED = {"type": "object", "additionalProperties": False}
 SHORT = {"type": "string", "maxLength": 3}
@@ -61,58 +55,46 @@ KEYWORDS = {
 }
 
 
-@cache
-def tokenizer():
-    from kernel_guided_decoding.compiler import load_tokenizer
-    from tokenizers import Tokenizer
-
-    folder = Path(str(files("kernel_tiny"))) / "tiny-chat"
-    config = json.loads((folder / "config.json").read_text())
-    ends = np.atleast_1d(config["eos_token_id"]).tolist()
-    file, size = folder / "tokenizer.json", config["vocab_size"]
-    return load_tokenizer(file, size, ends), Tokenizer.from_file(str(file)), ends, size
-
-
-def walk(schema, draw: np.random.Generator, most: int = 200) -> str | None:
-    """A text of tokens drawn evenly from the masks, half of them from the first 600, which are letters; None: it did not end."""
-    from kernel_guided_decoding.sources import check, limits, source
-
-    grammar = source("json_schema", schema, "spaced", 1 << 18, lambda text: False)
-    check(grammar)
-    table, names, ends, size = tokenizer()
-    matcher, words, out = llguidance.LLMatcher(table, grammar, limits=limits()), np.zeros((1, (size + 31) // 32), np.int32), []
-    for _ in range(most):
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:size])
-        if allowed[0] < 600 and draw.random() < 0.5:
-            allowed = allowed[allowed < 600]
-        if set(ends) & set(allowed.tolist()) and draw.random() < 0.4:
-            return names.decode(out, skip_special_tokens=False)
-        token = int(draw.choice(allowed))
-        if token in ends:
-            return names.decode(out, skip_special_tokens=False)
-        assert matcher.consume_token(token), matcher.get_error()
-        out.append(token)
-    return None
-
-
-def ended(schema, walks: int) -> int:
-    """How many walks ended; each of these is valid."""
-    draw = np.random.default_rng(1)
-    texts = [text for text in (walk(schema, draw) for _ in range(walks)) if text is not None]
-    for text in texts:
-        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
-    return len(texts)
+#: what xgrammar refuses of the above, and of the real-world shapes
+UNLIKE = {
+    "pattern anywhere, with a length": "maxLength beside a pattern",
+    "pattern of a beginning": "maxLength beside a pattern",
+    "pattern and enum": "pattern beside enum",
+    "allOf of objects": "additionalProperties beside allOf",
+    "allOf of bounds": "allOf of several",
+    "anyOf beside": "type beside anyOf",
+    "a reference and a keyword": "maximum beside",
+    **{f"packages {n}": "maxLength beside a pattern" for n in (0, 1)},
+    **{f"user {n}": "maxLength beside a format" for n in range(18)},
+}
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_that_is_taken_is_honoured(name):
-    assert ended(KEYWORDS[name], 12)
+    assert ended("llguidance", KEYWORDS[name], 12)
+
+
+@needs_xgrammar
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_every_keyword_is_honoured_or_refused_by_xgrammar(name):
+    if name in UNLIKE:
+        with pytest.raises(RequestError, match=UNLIKE[name]):
+            source("xgrammar", "json_schema", KEYWORDS[name])
+    else:
+        assert ended("xgrammar", KEYWORDS[name], 12)
 
 
 @pytest.mark.slow
-def test_every_schema_whatever_is_drawn():
-    assert all(ended(schema, 12) for _, schema in schemas())
+@pytest.mark.parametrize("backend", BOTH)
+def test_every_schema_whatever_is_drawn(backend):
+    chosen = [*KEYWORDS.items(), *schemas()]
+    if backend == "xgrammar":
+        for name, schema in chosen:
+            if name in UNLIKE:
+                with pytest.raises(RequestError, match=UNLIKE[name]):
+                    source(backend, "json_schema", schema)
+        chosen = [item for item in chosen if item[0] not in UNLIKE]
+    assert all(ended(backend, schema, 12) for _, schema in chosen)
 
 
 @pytest.mark.parametrize(
@@ -134,21 +116,18 @@ def test_every_schema_whatever_is_drawn():
     ids=lambda value: str(value)[:30],
 )
 def test_what_cannot_be_read_or_honoured_is_refused(kind, value, says):
-    from kernel_guided_decoding.sources import check, source
-
     with pytest.raises(RequestError, match=says):
-        check(source(kind, value, "spaced", 1 << 18, lambda text: False))
+        source("llguidance", kind, value)
 
 
+@pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("depth", [300, 20_000])
-def test_a_schema_that_is_too_deep_is_refused(depth):
-    from kernel_guided_decoding.sources import check, source
-
+def test_a_schema_that_is_too_deep_is_refused(depth, backend):
     schema: dict = {}
     for _ in range(depth):
         schema = {"type": "array", "items": schema}
-    with pytest.raises(RequestError, match="recursion"):
-        check(source("json_schema", schema, "spaced", 1 << 30, lambda text: False))
+    with pytest.raises(RequestError, match=r"recursion|nested"):
+        source(backend, "json_schema", schema, most=1 << 30)
 
 
 HOSTILE = {

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 class GuidedSection(Section):
     """`[plugins.guided_decoding]`."""
 
+    backend: Literal["llguidance", "xgrammar"] = Field(
+        default="llguidance",
+        description="the library that makes masks; xgrammar needs the extra kernel-guided-decoding[xgrammar]",
+    )
     whitespace: Literal["spaced", "compact", "flexible"] = Field(
         default="spaced",
         description='of JSON where a request does not say: {"a": 1} (spaced), {"a":1} (compact), or any (flexible)',

@@ -11,7 +11,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from kernel_core.api import BuildContext, Job, Prepared, RequestError, TextCodec, encode
 from kernel_guided_decoding import GuidedSection
-from kernel_guided_decoding.sources import check, source
+from kernel_guided_decoding.backends import Library, load
+from kernel_guided_decoding.sources import source
 
 KINDS = ("choice", "regex", "json_schema", "json_object", "grammar", "structural_tag")
 
@@ -56,16 +57,17 @@ class Guide:
     ends: list[int]
 
 
-def grammar_source(given: Mapping[str, Any], section: GuidedSection, text: TextCodec) -> str:
+def grammar_source(given: Mapping[str, Any], section: GuidedSection, library: Library, text: TextCodec) -> str:
     """The grammar of a validated `StructuredOutputs` (dumped), checked. Raises RequestError naming what cannot be honoured."""
     kind = next(name for name in KINDS if given[name] is not None)
 
-    def is_token(mark: str) -> bool:
-        return len(text.encode(mark, add_special_tokens=False)) == 1
+    def mark(written: str) -> Literal["text", "token", "special"]:
+        ids = text.encode(written, add_special_tokens=False)
+        if len(ids) != 1:
+            return "text"
+        return "token" if written in text.decode(ids, skip_special_tokens=True) else "special"
 
-    made = source(kind, given[kind], given["whitespace"] or section.whitespace, section.max_bytes, is_token)
-    check(made)
-    return made
+    return source(library, kind, given[kind], given["whitespace"] or section.whitespace, section.max_bytes, mark)
 
 
 class Preparer:
@@ -73,6 +75,7 @@ class Preparer:
 
     def __init__(self, context: BuildContext) -> None:
         self.plugin, self.section = context.plugin, context.section
+        self.library = load(self.section.backend)
         self.text: TextCodec = context.service("text/1")
 
     def prepare(self, request: Prepared) -> None:
@@ -85,7 +88,9 @@ class Preparer:
         ends = set(self.text.eos_ids) | set(params.stop_token_ids or ())
         if not self.text.eos_ids:
             raise RequestError("structured_outputs needs a model with an end token; this checkpoint names none")
-        data = encode(Guide(grammar_source(given, self.section, self.text), sorted(self.text.eos_ids), sorted(ends)))
+        data = encode(
+            Guide(grammar_source(given, self.section, self.library, self.text), sorted(self.text.eos_ids), sorted(ends))
+        )
         key = sha256(data).hexdigest()
         request.payloads[self.plugin] = data
         request.jobs.append(Job(self.plugin, key, data))
@@ -96,7 +101,7 @@ class Grammars:
     """Implements the service "grammar/1": what makes an answer follow a format, as request fields. Face part, any thread."""
 
     def __init__(self, section: GuidedSection, text: TextCodec) -> None:
-        self.section, self.text = section, text
+        self.section, self.text, self.library = section, text, load(section.backend)
 
     def response_format(self, response_format: Mapping[str, Any]) -> Mapping[str, Any]:
         """OpenAI's `response_format` → request fields: {"type": "json_schema", "json_schema": {"schema": ...}}, {"type":
@@ -112,7 +117,7 @@ class Grammars:
         except ValueError as error:
             raise RequestError(f"response_format: {error}") from error
         assert checked is not None
-        grammar_source(checked.model_dump(), self.section, self.text)
+        grammar_source(checked.model_dump(), self.section, self.library, self.text)
         return fields
 
     @staticmethod
