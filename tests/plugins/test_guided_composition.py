@@ -16,16 +16,16 @@ pytest.importorskip("llguidance")
 DRAFTS = {"draft_tokens": 4, "adaptive": False}
 CALL = {
     "type": "object",
-    "properties": {"name": {"enum": ["math.sqrt", "os.path.join"]}, "x": {"type": "string", "maxLength": 12}},
+    "properties": {"name": {"enum": ["math.sqrt", "os.path.join"]}, "x": {"type": "string", "maxLength": 6}},
     "required": ["name", "x"],
     "additionalProperties": False,
 }
-NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 6, "maxItems": 8}
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 3, "maxItems": 4}
 PROMPTS = ["What does os.path.join do?", "Call math.sqrt with 16", "one two three one two three one two", "Hi"]
 REQUESTS = [
     dict(structured_outputs={"json": CALL}, temperature=0.0),
     dict(structured_outputs={"json": NUMBERS}, temperature=1.5, seed=3, n=2),
-    dict(structured_outputs={"regex": "(one two ){3,5}three"}, temperature=0.8, seed=4),
+    dict(structured_outputs={"regex": "(one two ){2,3}three"}, temperature=0.8, seed=4),
     dict(temperature=0.9, seed=5),
 ]
 SETTINGS = {
@@ -49,7 +49,7 @@ def run(backend="llguidance", **settings):
     outputs = {}
     with Engine(**keys, plugins=plugins) as engine:
         for number, (prompt, given) in enumerate(zip(PROMPTS, REQUESTS)):
-            engine.add_request(str(number), prompt, engine.intake.params(max_tokens=60, **given))
+            engine.add_request(str(number), prompt, engine.intake.params(max_tokens=40, **given))
         while engine.has_unfinished_requests():
             outputs.update((output.request_id, output) for output in engine.step())
         engine.core.scheduler.check()
