@@ -56,7 +56,7 @@ def activation_bytes(model: nn.Module, dtype: torch.dtype, max_tokens: int, max_
 
 @dataclass(frozen=True, slots=True)
 class MemorySplit:
-    """Bytes on one rank. `free` was measured after the weights were loaded."""
+    """Bytes on one rank. `free` was measured after the weights were loaded; `activations` is what the largest step takes."""
 
     total: int
     free: int
@@ -81,7 +81,7 @@ def split_memory(config: EngineConfig, report: MemoryReport, weights: int, activ
     if kv <= 0:
         raise CapacityError(
             f"no memory is left for KV: {_gib(report.free)} free after {_gib(weights)} of weights, of which "
-            f"{config.memory_fraction:.0%} may be used and {_gib(activations)} are kept for activations; "
+            f"{config.memory_fraction:.0%} may be used and {_gib(activations)} are kept for the largest step; "
             "lower engine.max_tokens_per_step or engine.max_requests, or raise engine.memory_fraction"
         )
     return MemorySplit(report.total, report.free, weights, activations, kv)

@@ -502,6 +502,17 @@ class Device(Protocol):
 
 
 @runtime_checkable
+class MeasuringDevice(Device, Protocol):
+    """A device that measures what a step takes. Others get an estimate."""
+
+    def peak_memory(self, make_runner: Callable[[], Any], sizes: Allocation) -> int:
+        """→ bytes to keep beside weights and KV: the most that a step takes while it runs, slots included, and what the device
+        keeps for itself, such as graphs. `make_runner()` gives a new runner of these sizes, with KV for two blocks a group; the
+        device calls its `submit` with what its largest step is. Rate: build, before `memory()` is asked; not called when the
+        user sets the size of KV. Raises CapacityError when such a step does not fit."""
+
+
+@runtime_checkable
 class Rank(Protocol):
     """The worker of one rank, as executors drive it: `start` → `allocate` → many `run` → `close`, by one thread."""
 

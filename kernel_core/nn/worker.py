@@ -26,6 +26,7 @@ from kernel_core.nn.protocols import (
     Device,
     Drafter,
     LayeredDrafter,
+    MeasuringDevice,
     ModelContext,
     StepProbe,
     Target,
@@ -157,9 +158,10 @@ class Worker:
             raise ConfigError(f"the model has {sorted(unknown)} attention, the device {self.capabilities.attention_kinds}")
         self.specs = specs
         self.groups = kv_groups(specs, self.attention, self.dtype, self.block_size)
-        width = self.drafter.width if self.drafter else 0
-        rows = self.engine.max_requests * (1 + width)
-        activations = activation_bytes(self.model, self.dtype, self.engine.max_tokens_per_step, rows, self.vocab_size)
+        width, lookback = (self.drafter.width, self.drafter.lookback) if self.drafter else (0, 0)
+        ahead = self.drafter.ahead if isinstance(self.drafter, LayeredDrafter) else 0
+        sizes = (self.max_slots, self.max_model_len, self.max_tokens_per_step, width, ahead, lookback)
+        activations = self._timed("largest step", lambda: self._activations(Allocation((2,) * len(self.groups), *sizes)))
         weights = weight_bytes(self.model) + (weight_bytes(self.draft_model) if self.draft_model is not None else 0)
         self.memory = split_memory(self.engine, self.device.memory(), weights, activations)
         return WorkerReport(
@@ -169,32 +171,46 @@ class Worker:
             vocab_size=self.vocab_size,
             max_model_len=self.made_for,
             draft_width=width,
-            draft_ahead=self.drafter.ahead if isinstance(self.drafter, LayeredDrafter) else 0,
-            lookback=self.drafter.lookback if self.drafter else 0,
+            draft_ahead=ahead,
+            lookback=lookback,
             drafter_needs_host=bool(self.drafter and self.drafter.needs_host),
             memory=self.memory.as_mapping(),
             timings=dict(self._timings),
         )
+
+    def _activations(self, sizes: Allocation) -> int:
+        """Bytes that the largest step takes: measured where the device can and KV gets what is left, else estimated."""
+        chosen = self.engine.kv_memory is not None or self.engine.kv_blocks is not None
+        if chosen or not isinstance(self.device, MeasuringDevice):
+            rows = sizes.max_slots * (1 + sizes.draft_width)
+            return activation_bytes(self.model, self.dtype, sizes.max_tokens_per_step, rows, self.vocab_size)
+
+        return self.device.peak_memory(lambda: self._runner(sizes, self._kv(sizes)), sizes)
 
     # ---- allocate and run
 
     def allocate(self, allocation: Allocation) -> None:
         """Allocate KV and slots and assemble the runner. Rate: build. Raises CapacityError."""
         self._size(allocation.max_slots, allocation.max_model_len, allocation.max_tokens_per_step)
-        kv = KVStore(self.specs, self.groups, allocation.num_blocks, self.attention, self.dtype, self.device.torch_device)
+        kv = self._kv(allocation)
         transforms = [t for _, made in self._all("make_logits_transform") for t in made]
-        self.runner = Runner(
+        self.runner = self._runner(allocation, kv, transforms=transforms, jobs=self._jobs(kv))
+
+    def _kv(self, sizes: Allocation) -> KVStore:
+        return KVStore(self.specs, self.groups, sizes.num_blocks, self.attention, self.dtype, self.device.torch_device)
+
+    def _runner(self, sizes: Allocation, kv: KVStore, **options: Any) -> Runner:
+        return Runner(
             self.model,
             kv,
-            allocation,
+            sizes,
             vocab_size=self.vocab_size,
             logprobs_mode=self.engine.logprobs_mode,
-            transforms=transforms,
             step_inputs=[made for _, made in self._all("make_step_inputs")],
             drafter=self.drafter,
             draft_layers=self.draft_layers,
-            jobs=self._jobs(kv),
             parts=self.device.runner_parts(),
+            **options,
         )
 
     def _jobs(self, kv: KVStore) -> dict[str, Callable[[bytes], Any]]:

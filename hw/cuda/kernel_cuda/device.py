@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from kernel_core.api import Capabilities
+from kernel_core.api import Allocation, Capabilities
 from kernel_core.nn.api import MemoryReport, Sampler
-from kernel_cuda import CudaSection
+from kernel_cuda import CudaSection, trial
 from kernel_cuda.kernels import sampling
 from kernel_cuda.steady import SteadySteps
 
 BF16 = 8  # compute capability that has it
+logger = logging.getLogger("kernel_cuda")
 
 
 class CudaDevice:
@@ -41,10 +44,33 @@ class CudaDevice:
         )
 
     def memory(self) -> MemoryReport:
-        torch.cuda.synchronize(self.torch_device)
-        torch.cuda.empty_cache()
+        self._let_go()
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return MemoryReport(total, free)
+
+    def peak_memory(self, make_runner: Callable[[], Any], sizes: Allocation) -> int:
+        """Of one largest step; and the graphs' pool, which holds no more than such a step of the most rows that have graphs."""
+        step = self._taken(lambda: trial.run(make_runner, sizes, sizes.max_tokens_per_step))
+        rows = min(self._section.graph_rows, sizes.max_slots, sizes.max_tokens_per_step) if self._section.graphs else 0
+        graphs = self._taken(lambda: trial.run(make_runner, sizes, rows)) if rows else 0
+        said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d rows may take %d MiB"
+        logger.info(said, sizes.max_tokens_per_step, step >> 20, rows, graphs >> 20)
+        return step + graphs
+
+    def _taken(self, step: Callable[[], None]) -> int:
+        """Bytes that torch got from the driver for it, at most at once."""
+        self._let_go()
+        before = torch.cuda.memory_reserved(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        step()
+        torch.cuda.synchronize(self.torch_device)
+        return torch.cuda.max_memory_reserved(self.torch_device) - before
+
+    def _let_go(self) -> None:
+        """Give the driver back what nobody holds; a runner and its parts refer to each other."""
+        torch.cuda.synchronize(self.torch_device)
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw)}
