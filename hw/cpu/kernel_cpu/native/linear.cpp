@@ -17,8 +17,8 @@ constexpr int kMaxRows = W == 16 ? 12 : 6;   // rows of the register tile: 24 or
 constexpr int kBlockRows = 96;               // rows whose A block stays in L2
 constexpr int kChunkRows = 480;              // rows packed at a time
 constexpr int kBlockPairs = 256;             // pairs of k whose panel stays in L1
-constexpr long kAhead = 8192;                // bytes of prefetch, over all panels read at once
-constexpr long kTaskBytes = 192 << 10;
+constexpr long kAhead = 1024;                // bytes of prefetch, over all panels read at once
+constexpr long kTaskBytes = 512 << 10;
 
 enum Format { kBf16 = 0, kF32 = 1, kI8 = 2 };
 
@@ -33,9 +33,10 @@ struct Problem {
 
 template <class Src> constexpr int kPairBytes = Src::kStride * sizeof(typename Src::Item);
 
-constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int panels_at_once(int rows) { return rows * 4 <= kMaxRows ? 4 : rows * 2 <= kMaxRows ? 2 : 1; }
 
-// On the way it fetches from b + ahead on, `step` bytes for each pair, in every panel.
+// On the way it fetches from b + ahead on, `step` bytes for each pair, in every panel; where that is past the end of a panel,
+// from the panels after these.
 // C[MR][NP * NR] (+)= A[pairs][2][MR] * B; the dot source takes A as [pairs][MR] pairs of bf16.
 template <class Src, int MR, int NP>
 void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, long pairs, long ahead, int step, float *c,
@@ -44,7 +45,9 @@ void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, l
     vf acc[MR][NP * NV];
     KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int j = 0; j < NP * NV; ++j)
         acc[i][j] = first ? vf{} : load(c + i * ldc + j * W);
+    const long turn = NP > 1 ? pairs - ahead / kPairBytes<Src> : -1;
     for (long p = 0; p < pairs; ++p, later += step) {
+        if (p == turn) later += (NP - 1) * panel * (ptrdiff_t)sizeof(typename Src::Item);
         KC_UNROLL for (int q = 0; q < NP; ++q) for (int o = 0; o < kPairBytes<Src>; o += 64)
             __builtin_prefetch(later + q * panel * (ptrdiff_t)sizeof(typename Src::Item) + o);
         tile_pair<Src, MR, NP, NV, 1, MR>(acc, a, b, panel);
@@ -58,10 +61,16 @@ void tile_kernel(const float *a, const typename Src::Item *b, ptrdiff_t panel, l
 template <class Src>
 using Kernel = void (*)(const float *, const typename Src::Item *, ptrdiff_t, long, long, int, float *, ptrdiff_t, bool);
 
-template <class Src, int MR> Kernel<Src> pick(int rows, bool several) {
+template <class Src, int MR, int NP> Kernel<Src> pick_panels(int panels) {
+    if constexpr (NP > 1)
+        if (panels < NP) return pick_panels<Src, MR, NP / 2>(panels);
+    return tile_kernel<Src, MR, NP>;
+}
+
+template <class Src, int MR> Kernel<Src> pick(int rows, int panels) {
     if constexpr (MR > 0) {
-        if (rows != MR) return pick<Src, MR - 1>(rows, several);
-        return several ? tile_kernel<Src, MR, panels_at_once(MR)> : tile_kernel<Src, MR, 1>;
+        if (rows != MR) return pick<Src, MR - 1>(rows, panels);
+        return pick_panels<Src, MR, panels_at_once(MR)>(panels);
     } else {
         return nullptr;
     }
@@ -155,14 +164,13 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
                 int mr = (int)(k.tiles.row(t + 1) - r);
                 const float *a = k.a + (r * p.pairs + b * mr) * a_step;
                 int np = panels_at_once(mr);
-                for (int s = 0; s < take;) {
-                    bool several = take - s >= np;
+                for (int s = 0; s < take; s += np) {
+                    while (np > take - s) np /= 2;
                     // One tile: further down its panels. Several: the next panels, each tile its share of them.
                     int step = (kPairBytes<Src> + tiles - 1) / tiles;
-                    long ahead = streaming ? kAhead / (several ? np : 1) : wide * panel * (long)sizeof(Item) + (t - k.t0) * step * pairs;
-                    pick<Src, kMaxRows>(mr, several)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
+                    long ahead = streaming ? kAhead / np : wide * panel * (long)sizeof(Item) + (t - k.t0) * step * pairs;
+                    pick<Src, kMaxRows>(mr, np)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
                                                      ahead, step, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
-                    s += several ? np : 1;
                 }
             }
         }
@@ -180,13 +188,16 @@ template <class Src> void run(const Problem &p) {
         long blocks = (tiles.rows + kBlockRows - 1) / kBlockRows;
         long panel_bytes = p.pairs * Src::kStride * sizeof(typename Src::Item);
         long group = tiles.count == 1 ? std::max<long>(4, kTaskBytes / panel_bytes) : tiles.rows <= 32 ? 4 : 8;
-        group = std::max<long>(1, std::min(group, p.panels * blocks / (4 * thread_count())));
+        group = std::max<long>(tiles.count == 1 ? 4 : 1, std::min(group, p.panels * blocks / (4 * thread_count())));
         if (group > 4) group = group / 4 * 4;
-        long groups = (p.panels + group - 1) / group;
+        // What is begun last comes in small pieces, so that all end together.
+        long pieces = tiles.count == 1 ? std::min<long>(thread_count(), p.panels / 2) : 0;
+        long groups = pieces + (p.panels - 2 * pieces + group - 1) / group;
         auto body = [&](int task) {
             long g = task / blocks, b = task % blocks;
             Block<Src> block{p, a, tiles, row0, tiles.count * b / blocks, tiles.count * (b + 1) / blocks};
-            multiply(block, g * group, std::min(p.panels, (g + 1) * group));
+            long begin = 2 * std::min(g, pieces) + std::max<long>(0, g - pieces) * group;
+            multiply(block, begin, std::min(p.panels, begin + (g < pieces ? 2 : group)));
         };
         // A product this small ends before a sleeping worker has woken.
         if (tiles.rows * p.n * p.k < 100000) {
