@@ -16,7 +16,7 @@ constexpr int NV = 2, NR = NV * W;
 constexpr int kMaxRows = W == 16 ? 12 : 6;   // rows of the register tile: 24 or 12 accumulators
 constexpr int kBlockRows = 96;               // rows whose A block stays in L2
 constexpr int kChunkRows = 480;              // rows packed at a time
-constexpr int kBlockPairs = 256;             // pairs of k whose panel stays in L1
+constexpr long kShortBlock = 64, kLongBlock = 256;  // pairs of k that are multiplied at a time
 constexpr long kAhead = 1024;                // bytes of prefetch, over all panels read at once
 constexpr long kTaskBytes = 512 << 10;
 
@@ -142,6 +142,20 @@ template <class Src> struct Block {
     long row0, t0, t1;   // the tiles of this block
 };
 
+// In which pieces a block of rows is multiplied: `at_once` of `panels` panels, `pairs` of k. The weights of one tile stream by.
+// Two tiles read each piece from L1, and the pieces in the order in which they lie in memory. With more, the arithmetic
+// takes longer than the memory, and long pieces spare the accumulators.
+struct Order {
+    long panels, pairs;
+    int at_once;
+};
+
+Order order_of(int tiles, int rows, long pairs, long panels) {
+    if (tiles == 1) return {panels, pairs, panels_at_once(rows)};
+    if (tiles == 2) return {1, kShortBlock, 1};
+    return {panels, kLongBlock, 1};
+}
+
 // One block of rows times panels [begin, end).
 template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
     const Problem &p = k.p;
@@ -150,27 +164,25 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
     const long r0 = k.tiles.row(k.t0), rows = k.tiles.row(k.t1) - r0;
     const ptrdiff_t ldc = (end - begin) * NR;
     const int tiles = (int)(k.t1 - k.t0);
-    const bool streaming = tiles == 1;
-    const long block = streaming ? p.pairs : kBlockPairs;
-    const int a_step = Src::kDot ? 1 : 2;
+    const int a_step = Src::kDot ? 1 : 2, step = (kPairBytes<Src> + tiles - 1) / tiles;
+    const Order order = order_of(tiles, (int)rows, p.pairs, end - begin);
     float *c = (float *)scratch(1, sizeof(float) * rows * ldc);
-    for (long b = 0; b < p.pairs; b += block) {
-        long pairs = std::min(block, p.pairs - b);
-        int wide = panels_at_once((int)(rows / tiles));
-        for (long q = begin; q < end; q += wide) {
-            int take = (int)std::min<long>(wide, end - q);
-            for (long t = k.t0; t < k.t1; ++t) {
-                long r = k.tiles.row(t);
-                int mr = (int)(k.tiles.row(t + 1) - r);
-                const float *a = k.a + (r * p.pairs + b * mr) * a_step;
-                int np = panels_at_once(mr);
-                for (int s = 0; s < take; s += np) {
-                    while (np > take - s) np /= 2;
-                    // One tile: further down its panels. Several: the next panels, each tile its share of them.
-                    int step = (kPairBytes<Src> + tiles - 1) / tiles;
-                    long ahead = streaming ? kAhead / np : wide * panel * (long)sizeof(Item) + (t - k.t0) * step * pairs;
-                    pick<Src, kMaxRows>(mr, np)(a, (const Item *)p.w + (q + s) * panel + b * Src::kStride, panel, pairs,
-                                                     ahead, step, c + (r - r0) * ldc + (q + s - begin) * NR, ldc, b == 0);
+    for (long q0 = begin; q0 < end; q0 += order.panels) {
+        const long q1 = std::min(end, q0 + order.panels);
+        for (long b = 0; b < p.pairs; b += order.pairs) {
+            const long pairs = std::min(order.pairs, p.pairs - b);
+            int np = order.at_once;
+            for (long q = q0; q < q1; q += np) {
+                while (np > q1 - q) np /= 2;
+                for (long t = k.t0; t < k.t1; ++t) {
+                    long r = k.tiles.row(t);
+                    int mr = (int)(k.tiles.row(t + 1) - r);
+                    // One tile: a little further on. Several: what comes after this block, each tile its share of it.
+                    long share = (t - k.t0) * step * pairs, next = order.panels > 1 ? panel * (long)sizeof(Item) : pairs * kPairBytes<Src>;
+                    pick<Src, kMaxRows>(mr, np)(k.a + (r * p.pairs + b * mr) * a_step,
+                                                (const Item *)p.w + q * panel + b * Src::kStride, panel, pairs,
+                                                tiles == 1 ? kAhead / np : next + share, step,
+                                                c + (r - r0) * ldc + (q - begin) * NR, ldc, b == 0);
                 }
             }
         }
