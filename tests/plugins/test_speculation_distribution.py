@@ -40,6 +40,7 @@ def check(counts, expected, total):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_drafts_do_not_change_the_distribution(drafter, target):
     model, prompt = target
