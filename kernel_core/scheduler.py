@@ -45,7 +45,7 @@ class Flight:
 
     plan: StepPlan
     rows: np.ndarray  # intp
-    ids: list[str]
+    ids: tuple[str, ...]
     closures: int
     cached: dict[str, int]
     drained: dict[int, Entry] = field(default_factory=dict)

@@ -45,7 +45,7 @@ class Slots:
         self._ids = np.full(max_slots, None, object)
         self._free = list(range(max_slots))
         self._rows: np.ndarray | None = None
-        self._row_ids: list[str] = []
+        self._row_ids: tuple[str, ...] = ()
 
     @property
     def available(self) -> int:
@@ -56,14 +56,14 @@ class Slots:
         """Running slots, ascending (intp). The same array object until one opens or closes."""
         if self._rows is None:
             self._rows = np.flatnonzero(self.since != NEVER)
-            self._row_ids = self._ids.take(self._rows).tolist()
+            self._row_ids = tuple(self._ids.take(self._rows).tolist())
         return self._rows
 
-    def ids(self, rows: np.ndarray) -> list[str]:
-        """Request ids of slots."""
+    def ids(self, rows: np.ndarray) -> tuple[str, ...]:
+        """Request ids of slots. The same tuple object for the same `rows` object."""
         if rows is self._rows:
             return self._row_ids
-        return self._ids.take(rows).tolist()
+        return tuple(self._ids.take(rows).tolist())
 
     def open(self, entry: Entry, computed: int, write_from: int) -> int:
         """In the next plan the lowest free slot takes a request whose first `computed` tokens have their KV already."""

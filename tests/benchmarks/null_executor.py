@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 from kernel_core.api import BuildContext, Executor, Manifest, Section, hookimpl
 
@@ -26,22 +28,29 @@ manifest = Manifest(name=NAME, summary="computes nothing", section=NullSection)
 @hookimpl
 def make_executor(context: BuildContext, plan: bytes) -> Executor:
     from kernel_core.api import CapacityError, StepPlan, StepResult
-    from kernel_core.testing.null import NullExecutor
+    from kernel_core.testing.null import NullExecutor, NullHandle
 
     section: NullSection = context.section
     if section.refuses:
         raise CapacityError(section.refuses)
 
     class PacedExecutor(NullExecutor):
-        """A step ends `step_seconds` after the last one, or after its start."""
+        """A step begins when it is submitted, or when the one before it ends, and ends `step_seconds` later."""
 
-        due = 0.0
+        def __init__(self, **keys: Any) -> None:
+            super().__init__(**keys)
+            self.ends: deque[float] = deque()
+            self.free = 0.0  # when the last step ends
+
+        def submit(self, plan: StepPlan) -> NullHandle:
+            self.free = max(self.free, time.monotonic()) + section.step_seconds
+            self.ends.append(self.free)
+            return super().submit(plan)
 
         def finish(self, plan: StepPlan) -> StepResult:
-            now = time.monotonic()
-            self.due = max(self.due + section.step_seconds, now)
-            if self.due > now:
-                time.sleep(self.due - now)
+            left = self.ends.popleft() - time.monotonic()
+            if left > 0:
+                time.sleep(left)
             return super().finish(plan)
 
     return PacedExecutor(vocab_size=section.vocab_size, max_model_len=section.max_model_len, kv_budget_bytes=1 << 20)

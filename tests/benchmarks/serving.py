@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -19,16 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, VOCAB = "tiny-chat", 4000
-STEADY = 300  # steps at either end that are not counted
 PACE = 0.003  # seconds of a step of a device that takes time, for the loop
-LOOP_TOKENS = 3000  # long enough that all requests run at once, though nothing slows the device down
+LOOP_TOKENS = 3300  # of each request of the loop
+COUNTED = (300, 3100)  # the steps, of those in which all requests run, at which counting begins and ends
 
 
 def _null_executor(folder: Path) -> None:
@@ -129,81 +129,105 @@ def _seconds(pid: int) -> dict[str, float]:
 # ---- loop
 
 
+class Step(NamedTuple):
+    """Means of a step."""
+
+    seconds: float
+    cpu: float  # seconds that the engine's thread computed
+
+
 class Steps:
-    """Wraps the loop's step: when each one ended while all requests ran."""
+    """Stands in for the loop's step. Nothing runs until all requests are there, so that both kinds run the same steps; then
+    the clock and this thread's CPU time are read where counting begins and where it ends."""
 
     def __init__(self, part: Any, streams: int) -> None:
-        self._step, self._scheduler, self._streams = part.core.loop.step, part.core.scheduler, streams
-        self.ends: list[float] = []
+        self._step, self._scheduler, self.streams = part.core.loop.step, part.core.scheduler, streams
+        self._begun, self._steps = False, 0
+        self._readings: list[tuple[float, float]] = []
         self.over: Callable[[], None] = lambda: None
         part.core.loop.step = self
 
     def __call__(self) -> bool:
+        if not self._begun:
+            self._begun = self._scheduler.unfinished == self.streams
+            return False
         worked = self._step()
-        if self._scheduler.running == self._streams:
-            self.ends.append(time.perf_counter())
-        elif self.ends and not self._scheduler.unfinished:
+        if self._scheduler.running == self.streams:
+            self._steps += 1
+            if self._steps in COUNTED:
+                self._readings.append((time.perf_counter(), time.thread_time()))
+        elif not self._scheduler.unfinished:
             self.over()
         return worked
 
-    def median(self) -> float:
-        ends = self.ends[STEADY:-STEADY]
-        return median(after - before for before, after in pairwise(ends))
+    def each(self) -> Step:
+        """Means: every sixteenth step of a request takes a block, and one of several sends a message."""
+        (began, cpu_began), (ended, cpu_ended) = self._readings
+        steps = COUNTED[1] - COUNTED[0]
+        return Step((ended - began) / steps, (cpu_ended - cpu_began) / steps)
 
 
 class Over(Exception):
     """All requests ended."""
 
 
-def measure_loop(streams: int, tokens: int, listened: bool, step_seconds: float = 0.0) -> float:
-    """Median seconds of a step, with an API process or with nobody."""
+def measure_loop(streams: int, listened: bool, step_seconds: float = 0.0) -> Step:
+    """A step with an API process or with nobody. Requests and steps are the same."""
     from kernel_openai_server.engine.messages import EngineJob
     from kernel_openai_server.engine.process import EngineProcess, bound
     from kernel_openai_server.supervise import private_address
 
     from kernel_core.api import KernelConfig, encode, inspect_model, open_engine, resolve
 
-    plan = resolve(KernelConfig.model_validate(_settings(streams, tokens, step_seconds)))
+    plan = resolve(KernelConfig.model_validate(_settings(streams, LOOP_TOKENS, step_seconds)))
     model = inspect_model(plan)
     with private_address() as address, bound(address) as socket:
         process = EngineProcess(socket)
         part = open_engine(plan, model, process.emit if listened else (lambda updates: None))
         steps = Steps(part, streams)
-        if not listened:
-            _add(part, streams, tokens)
-            while part.core.loop.step():
-                pass
-            return steps.median()
-
-        def over() -> None:
-            raise Over
-
-        steps.over = over
-        job = encode(EngineJob(plan.to_json(), model, address))
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(job)
-            file.flush()
-            command = [sys.executable, __file__, "--consume", file.name, "--streams", str(streams), "--tokens", str(tokens)]
-            reader = subprocess.Popen(command)
-            try:
-                process.run(part)
-            except Over:
-                process._flush()
-            reader.kill()
-            reader.wait()
-        return steps.median()
+        gc.collect()
+        gc.freeze()
+        if listened:
+            _serve(process, part, steps, encode(EngineJob(plan.to_json(), model, address)))
+        else:
+            _run(part, streams)
+        return steps.each()
 
 
-def _add(part: Any, streams: int, tokens: int) -> None:
+def _run(part: Any, streams: int) -> None:
     import numpy as np
 
     from kernel_core.api import Request, SamplingRow
 
     for i in range(streams):
-        part.core.add(Request(f"r{i}", np.arange(1, 9, dtype=np.int32) + i, SamplingRow(), i, 8 + tokens))
+        prompt = np.array(_prompt(i), np.int32)
+        part.core.add(Request(f"r{i}", prompt, SamplingRow(), i, len(prompt) + LOOP_TOKENS))
+    part.core.loop.step()  # sees that all are there
+    while part.core.loop.step():
+        pass
 
 
-async def consume(job: Path, streams: int, tokens: int) -> None:
+def _serve(process: Any, part: Any, steps: Steps, job: bytes) -> None:
+    def over() -> None:
+        raise Over
+
+    steps.over = over
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(job)
+        file.flush()
+        reader = subprocess.Popen([sys.executable, __file__, "--consume", file.name, "--streams", str(steps.streams)])
+        with contextlib.suppress(Over):
+            process.run(part)
+        reader.kill()
+        reader.wait()
+
+
+def _prompt(i: int) -> list[int]:
+    """Of lengths that let some requests take a block in every step, as it is where requests arrive by and by."""
+    return [1 + i % 99] * (8 + i % 16)
+
+
+async def consume(job: Path, streams: int) -> None:
     """An API process without HTTP."""
     from kernel_openai_server.engine.client import RemoteEngine
     from kernel_openai_server.engine.messages import EngineJob
@@ -215,8 +239,8 @@ async def consume(job: Path, streams: int, tokens: int) -> None:
         await engine.ready()
 
         async def one(i: int) -> None:
-            params = engine.params(max_tokens=tokens, temperature=1.0, ignore_eos=True)
-            async for _ in engine.generate([1 + i % 99] * 8, params):
+            params = engine.params(max_tokens=LOOP_TOKENS, temperature=1.0, ignore_eos=True)
+            async for _ in engine.generate(_prompt(i), params):
                 pass
 
         await asyncio.gather(*(one(i) for i in range(streams)))
@@ -224,9 +248,15 @@ async def consume(job: Path, streams: int, tokens: int) -> None:
 
 def _loop(streams: int, step_seconds: float, repeat: int) -> dict[str, float]:
     """The best of each kind, measured in turn."""
-    pairs = [[measure_loop(streams, LOOP_TOKENS, listened, step_seconds) for listened in (False, True)] for _ in range(repeat)]
-    alone, listened = (min(pair[i] for pair in pairs) for i in (0, 1))
-    return {"alone_ms": round(alone * 1e3, 4), "listened_ms": round(listened * 1e3, 4), "loss": round(1 - alone / listened, 4)}
+    pairs = [[measure_loop(streams, listened, step_seconds) for listened in (False, True)] for _ in range(repeat)]
+    alone, listened = (Step(*(min(times) for times in zip(*(pair[kind] for pair in pairs)))) for kind in (0, 1))
+    return {
+        "alone_ms": round(alone.seconds * 1e3, 4),
+        "listened_ms": round(listened.seconds * 1e3, 4),
+        "loss": round(1 - alone.seconds / listened.seconds, 4),
+        "alone_cpu_ms": round(alone.cpu * 1e3, 4),
+        "listened_cpu_ms": round(listened.cpu * 1e3, 4),
+    }
 
 
 # ---- everything
@@ -260,7 +290,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(read_streams(arguments.read, arguments.streams, arguments.tokens))))
         return
     if arguments.consume is not None:
-        return asyncio.run(consume(arguments.consume, arguments.streams, arguments.tokens))
+        return asyncio.run(consume(arguments.consume, arguments.streams))
     result = measure(arguments)
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "serving.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_openai_server.engine import messages
 from kernel_openai_server.engine.client import RemoteEngine
+from kernel_openai_server.engine.joining import Joiner, Steady
 from kernel_openai_server.engine.messages import EngineJob
 from kernel_openai_server.engine.routing import Owners, take_rows
 from kernel_openai_server.supervise import Child, StartError, private_address
@@ -339,3 +340,82 @@ def test_taking_all_rows_changes_nothing():
     z = np.zeros(0, np.int32)
     updates = Updates((), z, np.zeros(1, np.int32), z, z)
     assert take_rows(updates, z) is updates
+
+
+@st.composite
+def short_steps(draw):
+    """Steps of up to three requests, mostly alike; those that end are in no later one."""
+    running, steps = ["a", "b", "c"], []
+    for number in range(draw(st.integers(1, 8))):
+        counts = [draw(st.sampled_from([1, 1, 1, 1, 0, 2])) for _ in running]
+        finish = np.array([draw(st.sampled_from([0] * 9 + [1])) for _ in running], np.int32)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        tokens = 100 * number + np.arange(offsets[-1], dtype=np.int32)
+        logprobs = draw(st.sampled_from([None] * 5 + [Logprobs(*(np.zeros((1, 1), np.int32),) * 5)]))
+        steps.append(
+            Updates(tuple(running), tokens, offsets, finish, np.where(finish, number, -1).astype(np.int32), logprobs=logprobs)
+        )
+        running = [name for name, code in zip(running, finish) if not code]
+    return steps
+
+
+def joined(steps: list[Updates]) -> list[Updates | Steady]:
+    joiner = Joiner()
+    for updates in steps:
+        joiner.add(updates)
+    news = joiner.take()
+    assert not joiner.take()
+    return news
+
+
+@given(short_steps())
+def test_joined_steps_say_the_same_in_the_same_order(steps):
+    told, heard = {}, {}
+    for updates in steps:
+        tell(told, updates)
+    whole = [news.updates() if isinstance(news, Steady) else news for news in joined(steps)]
+    for updates in whole:
+        tell(heard, messages.decode(encode(updates), Updates))
+    assert heard == told
+    assert [u.logprobs for u in whole if u.logprobs] == [u.logprobs for u in steps if u.logprobs]
+
+
+def tell(news: dict, updates: Updates) -> None:
+    """What readers hear of each request, in its order."""
+    for i, name in enumerate(updates.requests):
+        tokens, end = news.setdefault(name, ([], []))
+        assert not end, f"{name} ended before"
+        tokens.extend(updates.tokens[updates.offsets[i] : updates.offsets[i + 1]].tolist())
+        if updates.finish[i]:
+            end.append((int(updates.finish[i]), int(updates.stop_token[i])))
+
+
+def steady(token: int, *names: str, **more) -> Updates:
+    count = len(names)
+    columns = np.full(count, token, np.int32), np.arange(count + 1, dtype=np.int32), np.zeros(count, np.int32)
+    return Updates(names, *columns, np.full(count, -1, np.int32), **more)
+
+
+def test_steady_steps_become_one_and_all_others_stay_as_they_are():
+    told = dict.fromkeys("c", 1)
+    steps = [
+        steady(1, "a", "c"),
+        steady(2, "a", "c"),
+        steady(3, "c"),
+        steady(4, "c", cached=told),
+        steady(5, "c"),
+        steady(6, "c"),
+    ]
+    news = joined(steps)
+    assert [n.tokens.tolist() for n in news] == [[[1, 1], [2, 2]], [[3]], [4], [[5], [6]]]
+    assert news[2] is steps[3] and news[0].updates().offsets.tolist() == [0, 2, 4]
+    assert len(joined([steady(1, "a")] * 200)) == 4  # bounded
+
+
+def test_steady_steps_are_divided_among_api_processes():
+    book, (news,) = Owners(), joined([steady(1, "a", "b", "c"), steady(2, "a", "b", "c")])
+    assert list(book.divide(news)) == []
+    book.add(b"0", ["a", "c"])
+    book.add(b"1", ["b"])
+    parts = {identity: (part.requests, part.tokens.tolist()) for identity, part in book.divide(news)}
+    assert parts == {b"0": (("a", "c"), [[1, 1], [2, 2]]), b"1": (("b",), [[1], [2]])}

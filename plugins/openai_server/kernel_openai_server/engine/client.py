@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from kernel_core import api
@@ -32,6 +33,7 @@ from kernel_core.api import (
     open_face,
 )
 from kernel_openai_server.engine import messages
+from kernel_openai_server.engine.joining import Steady
 from kernel_openai_server.engine.link import Link
 from kernel_openai_server.engine.messages import EngineLoad, pack, unpack
 
@@ -82,6 +84,7 @@ class RemoteEngine:
         self._intake: Intake | None = None
         self._handlers: Mapping[bytes, Callable[[Any], None]] = {
             messages.UPDATES: self._updates,
+            messages.MORE: self._more,
             messages.ANSWER: self._answered,
             messages.FAILED: self._failed,
             messages.REFUSED: self._refused,
@@ -235,6 +238,7 @@ class RemoteEngine:
     # ---- messages of the engine
 
     def _connect(self) -> None:
+        self._told: tuple[str, ...] = ()  # the sequences of the last updates of this engine
         self._link = Link(self._address, self._received, self._deliver, self._lost)
         self._link.send(messages.HELLO)
 
@@ -244,10 +248,14 @@ class RemoteEngine:
 
     def _updates(self, steps: list[Updates]) -> None:
         for updates in steps:
+            self._told = updates.requests
             changed, stopped = self._outputs.apply(updates)
             self._changed.update(dict.fromkeys(changed))
             if stopped:
                 self._link.send(pack(messages.ABORT, stopped))
+
+    def _more(self, tokens: np.ndarray) -> None:
+        self._updates([Steady(self._told, tokens).updates()])
 
     def _deliver(self) -> None:
         """Everything that arrived is applied: a reader that is slow finds several steps in its output."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import zmq
 
 from kernel_core.api import EngineFacts, ModelInfo, Request, Updates, decode, encode
@@ -24,6 +25,7 @@ ASK = b"q"  # number, method, payload; answered by ANSWER or FAILED
 #: engine → API process
 FACTS = b"F"
 UPDATES = b"U"  # of one step, or of several short ones, for the sequences of this API process
+MORE = b"M"  # tokens [steps, sequences] of the sequences of the last updates, to which nothing else happened
 REFUSED = b"R"  # id of the user request, why
 ANSWER = b"A"  # number, answers
 FAILED = b"E"  # number, name of the error's class, text
@@ -35,6 +37,7 @@ BODIES: dict[bytes, Any] = {
     ASK: tuple[int, str, bytes],
     FACTS: EngineFacts,
     UPDATES: list[Updates],
+    MORE: np.ndarray,
     REFUSED: tuple[str, str],
     ANSWER: tuple[int, list[bytes]],
     FAILED: tuple[int, str, str],

@@ -31,10 +31,12 @@ from kernel_core.api import (
 )
 from kernel_openai_server import child
 from kernel_openai_server.engine import messages
+from kernel_openai_server.engine.joining import Joiner, Steady
 from kernel_openai_server.engine.messages import EngineJob, EngineLoad, pack, unpack
 from kernel_openai_server.engine.routing import Owners
 
-FLUSH_SECONDS = 0.001  # steps that are shorter share a message: waking a reader for each would cost more than the step
+SHARE = 0.025  # of its time that the loop may spend on messages: steps that are too short for that have a turn together,
+TURN_SECONDS = 0.005  # but nothing waits for longer
 GATE_MS = 1  # how long to wait for messages when all requests wait at a gate
 FAREWELL_MS = 1000  # how long the reason of the end may take to reach the API processes
 logger = logging.getLogger("kernel_openai_server")
@@ -49,28 +51,28 @@ class EngineProcess:
         self._poller.register(socket, zmq.POLLIN)
         self._owners = Owners()
         self._clients: set[bytes] = set()
-        self._pending: list[Updates] = []
+        self._told: dict[bytes, tuple[str, ...]] = {}  # by API process, the sequences of its last updates
+        self._pending = Joiner()
         self._part: EnginePart | None = None
 
     def emit(self, updates: Updates) -> None:
         """Given to the engine; sent after the step, because the last ones of a failing step are not meant for requests."""
-        self._pending.append(updates)
+        self._pending.add(updates)
 
     def run(self, part: EnginePart) -> None:
         """Until a signal, or the engine's death, which all API processes are told. Raises EngineDeadError then."""
         self._part = part
         scheduler, step = part.core.scheduler, part.core.loop.step
         try:
-            wait: int | None = None
-            flushed = 0.0
+            due = 0.0
             while True:
-                self._receive(wait)
                 worked = step()
                 now = time.monotonic()
-                if not worked or now - flushed >= FLUSH_SECONDS:
-                    flushed = now
-                    self._flush()
-                wait = 0 if worked else GATE_MS if scheduler.unfinished else None
+                if worked and now < due:
+                    continue
+                self._flush()
+                self._receive(0 if worked else GATE_MS if scheduler.unfinished else None)
+                due = now + min((time.monotonic() - now) / SHARE, TURN_SECONDS) if worked else 0.0
         except EngineDeadError as error:
             for identity in tuple(self._clients):
                 self._send(identity, pack(messages.GONE, str(error)))
@@ -147,13 +149,17 @@ class EngineProcess:
     # ---- out
 
     def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        parts: dict[bytes, list[Updates]] = {}
-        for updates in pending:
-            for identity, part in self._owners.divide(updates):
+        parts: dict[bytes, list[Updates | Steady]] = {}
+        for news in self._pending.take():
+            for identity, part in self._owners.divide(news):
                 parts.setdefault(identity, []).append(part)
         for identity, own in parts.items():
-            self._send(identity, pack(messages.UPDATES, own))
+            told, self._told[identity] = self._told.get(identity), own[-1].requests
+            if len(own) == 1 and isinstance(own[0], Steady) and own[0].requests == told:
+                self._send(identity, pack(messages.MORE, own[0].tokens))
+            else:
+                whole = [part.updates() if isinstance(part, Steady) else part for part in own]
+                self._send(identity, pack(messages.UPDATES, whole))
 
     def _send(self, identity: bytes, message: bytes) -> None:
         try:
@@ -165,6 +171,7 @@ class EngineProcess:
 
     def _vanished(self, identity: bytes) -> None:
         self._clients.discard(identity)
+        self._told.pop(identity, None)
         ids = self._owners.forget(identity)
         if ids:
             logger.warning("an API process is gone: its %d sequences are aborted", len(ids))

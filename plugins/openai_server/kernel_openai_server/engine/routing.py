@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from kernel_core.api import Logprobs, Updates
+from kernel_openai_server.engine.joining import Steady
 
 NOBODY = -1
+News = Updates | Steady
 
 
 class Owners:
@@ -35,8 +37,8 @@ class Owners:
         """Those that belong to it."""
         return [name for name in ids if self._owner.get(name) == identity]
 
-    def divide(self, updates: Updates) -> Iterator[tuple[bytes, Updates]]:
-        """What to tell whom; sequences that ended are forgotten. Rate: once per step."""
+    def divide(self, updates: News) -> Iterator[tuple[bytes, News]]:
+        """What to tell whom; sequences that ended are forgotten. Rate: once per step, or per message where steps are steady."""
         if not updates.requests:
             return
         if len(self._owned) == 1:  # nobody else reads: no need to look at every row
@@ -50,9 +52,11 @@ class Owners:
         for identity, place in places.items():
             rows = np.flatnonzero(of_row == place)
             if rows.size:
-                yield identity, take_rows(updates, rows)
+                yield identity, updates.take(rows) if isinstance(updates, Steady) else take_rows(updates, rows)
 
-    def _end(self, updates: Updates) -> None:
+    def _end(self, updates: News) -> None:
+        if isinstance(updates, Steady):
+            return
         for row in np.flatnonzero(updates.finish).tolist():
             name = updates.requests[row]
             identity = self._owner.pop(name, None)
