@@ -3,8 +3,8 @@
 
 stream: `kernel serve` with one API process; a client of plain sockets in a process of its own reads every stream of
 /v1/completions. Counted are events that bring tokens, on the clock and for each second that the API process computed.
-loop: median time of an engine step when nobody listens, and when an API process takes every update; with a device that takes
-no time at all, and with one that takes 3 ms. On two cores the first also shows three processes sharing them."""
+loop: mean time of an engine step when nobody listens, and when an API process takes every update; with a device that takes
+no time at all, and with one that takes 3 ms, during which the engine waits. The requests and their steps are the same."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, VOCAB = "tiny-chat", 4000
 PACE = 0.003  # seconds of a step of a device that takes time, for the loop
-LOOP_TOKENS = 3300  # of each request of the loop
-COUNTED = (300, 3100)  # the steps, of those in which all requests run, at which counting begins and ends
+LOOP_TOKENS = {0.0: 3300, PACE: 1300}  # of each request of the loop, by the seconds of a step
+BEGIN, END = 300, 200  # steps with all requests that are not counted
+PAIRS = 5  # of loops with nobody and with an API process
 
 
 def _null_executor(folder: Path) -> None:
@@ -140,7 +142,8 @@ class Steps:
     """Stands in for the loop's step. Nothing runs until all requests are there, so that both kinds run the same steps; then
     the clock and this thread's CPU time are read where counting begins and where it ends."""
 
-    def __init__(self, part: Any, streams: int) -> None:
+    def __init__(self, part: Any, streams: int, tokens: int) -> None:
+        self.tokens, self._counted = tokens, (BEGIN, tokens - END)
         self._step, self._scheduler, self.streams = part.core.loop.step, part.core.scheduler, streams
         self._begun, self._steps = False, 0
         self._readings: list[tuple[float, float]] = []
@@ -154,7 +157,7 @@ class Steps:
         worked = self._step()
         if self._scheduler.running == self.streams:
             self._steps += 1
-            if self._steps in COUNTED:
+            if self._steps in self._counted:
                 self._readings.append((time.perf_counter(), time.thread_time()))
         elif not self._scheduler.unfinished:
             self.over()
@@ -163,7 +166,7 @@ class Steps:
     def each(self) -> Step:
         """Means: every sixteenth step of a request takes a block, and one of several sends a message."""
         (began, cpu_began), (ended, cpu_ended) = self._readings
-        steps = COUNTED[1] - COUNTED[0]
+        steps = self._counted[1] - self._counted[0]
         return Step((ended - began) / steps, (cpu_ended - cpu_began) / steps)
 
 
@@ -179,29 +182,30 @@ def measure_loop(streams: int, listened: bool, step_seconds: float = 0.0) -> Ste
 
     from kernel_core.api import KernelConfig, encode, inspect_model, open_engine, resolve
 
-    plan = resolve(KernelConfig.model_validate(_settings(streams, LOOP_TOKENS, step_seconds)))
+    tokens = LOOP_TOKENS[step_seconds]
+    plan = resolve(KernelConfig.model_validate(_settings(streams, tokens, step_seconds)))
     model = inspect_model(plan)
     with private_address() as address, bound(address) as socket:
         process = EngineProcess(socket)
         part = open_engine(plan, model, process.emit if listened else (lambda updates: None))
-        steps = Steps(part, streams)
+        steps = Steps(part, streams, tokens)
         gc.collect()
         gc.freeze()
         if listened:
             _serve(process, part, steps, encode(EngineJob(plan.to_json(), model, address)))
         else:
-            _run(part, streams)
+            _run(part, streams, tokens)
         return steps.each()
 
 
-def _run(part: Any, streams: int) -> None:
+def _run(part: Any, streams: int, tokens: int) -> None:
     import numpy as np
 
     from kernel_core.api import Request, SamplingRow
 
     for i in range(streams):
         prompt = np.array(_prompt(i), np.int32)
-        part.core.add(Request(f"r{i}", prompt, SamplingRow(), i, len(prompt) + LOOP_TOKENS))
+        part.core.add(Request(f"r{i}", prompt, SamplingRow(), i, len(prompt) + tokens))
     part.core.loop.step()  # sees that all are there
     while part.core.loop.step():
         pass
@@ -215,7 +219,8 @@ def _serve(process: Any, part: Any, steps: Steps, job: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(job)
         file.flush()
-        reader = subprocess.Popen([sys.executable, __file__, "--consume", file.name, "--streams", str(steps.streams)])
+        sizes = ["--streams", str(steps.streams), "--tokens", str(steps.tokens)]
+        reader = subprocess.Popen([sys.executable, __file__, "--consume", file.name, *sizes])
         with contextlib.suppress(Over):
             process.run(part)
         reader.kill()
@@ -227,7 +232,7 @@ def _prompt(i: int) -> list[int]:
     return [1 + i % 99] * (8 + i % 16)
 
 
-async def consume(job: Path, streams: int) -> None:
+async def consume(job: Path, streams: int, tokens: int) -> None:
     """An API process without HTTP."""
     from kernel_openai_server.engine.client import RemoteEngine
     from kernel_openai_server.engine.messages import EngineJob
@@ -239,24 +244,23 @@ async def consume(job: Path, streams: int) -> None:
         await engine.ready()
 
         async def one(i: int) -> None:
-            params = engine.params(max_tokens=LOOP_TOKENS, temperature=1.0, ignore_eos=True)
+            params = engine.params(max_tokens=tokens, temperature=1.0, ignore_eos=True)
             async for _ in engine.generate(_prompt(i), params):
                 pass
 
         await asyncio.gather(*(one(i) for i in range(streams)))
 
 
-def _loop(streams: int, step_seconds: float, repeat: int) -> dict[str, float]:
-    """The best of each kind, measured in turn."""
-    pairs = [[measure_loop(streams, listened, step_seconds) for listened in (False, True)] for _ in range(repeat)]
-    alone, listened = (Step(*(min(times) for times in zip(*(pair[kind] for pair in pairs)))) for kind in (0, 1))
-    return {
-        "alone_ms": round(alone.seconds * 1e3, 4),
-        "listened_ms": round(listened.seconds * 1e3, 4),
-        "loss": round(1 - alone.seconds / listened.seconds, 4),
-        "alone_cpu_ms": round(alone.cpu * 1e3, 4),
-        "listened_cpu_ms": round(listened.cpu * 1e3, 4),
-    }
+def _loop(streams: int, step_seconds: float) -> dict[str, Any]:
+    """Medians. The two kinds take turns, and the loss is the median of the pairs' own losses: a machine that is faster for some
+    seconds, or does something else, spoils a pair and not the result."""
+    pairs = [[measure_loop(streams, listened, step_seconds) for listened in (False, True)] for _ in range(PAIRS)]
+    losses = [1 - alone.seconds / listened.seconds for alone, listened in pairs]
+    result: dict[str, Any] = {"loss": round(median(losses), 4), "losses": [round(loss, 4) for loss in losses]}
+    for kind, name in enumerate(("alone", "listened")):
+        result[f"{name}_ms"] = round(median(pair[kind].seconds for pair in pairs) * 1e3, 4)
+        result[f"{name}_cpu_ms"] = round(median(pair[kind].cpu for pair in pairs) * 1e3, 4)
+    return result
 
 
 # ---- everything
@@ -268,8 +272,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _null_executor(Path(folder))
         if arguments.what in ("loop", "all"):
-            result["loop"] = _loop(streams, 0.0, arguments.repeat)
-            result["loop_paced"] = _loop(streams, PACE, arguments.repeat)
+            result["loop"] = _loop(streams, 0.0)
+            result["loop_paced"] = _loop(streams, PACE)
         if arguments.what in ("stream", "all"):
             runs = [measure_stream(streams, tokens, arguments.step_seconds) for _ in range(arguments.repeat)]
             result["stream"] = max(runs, key=lambda run: run["events_per_s"])
@@ -290,7 +294,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(read_streams(arguments.read, arguments.streams, arguments.tokens))))
         return
     if arguments.consume is not None:
-        return asyncio.run(consume(arguments.consume, arguments.streams))
+        return asyncio.run(consume(arguments.consume, arguments.streams, arguments.tokens))
     result = measure(arguments)
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "serving.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -35,7 +35,7 @@ from kernel_openai_server.engine.joining import Joiner, Steady
 from kernel_openai_server.engine.messages import EngineJob, EngineLoad, pack, unpack
 from kernel_openai_server.engine.routing import Owners
 
-SHARE = 0.025  # of its time that the loop may spend on messages: steps that are too short for that have a turn together,
+SHARE = 0.02  # of its time that the loop may spend on messages: steps that are too short for that have a turn together,
 TURN_SECONDS = 0.005  # but nothing waits for longer
 GATE_MS = 1  # how long to wait for messages when all requests wait at a gate
 FAREWELL_MS = 1000  # how long the reason of the end may take to reach the API processes
