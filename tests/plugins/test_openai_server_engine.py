@@ -345,17 +345,16 @@ def test_taking_all_rows_changes_nothing():
 @st.composite
 def short_steps(draw):
     """Steps of up to three requests, mostly alike; those that end are in no later one."""
-    running, steps = ["a", "b", "c"], []
+    running, steps = ("a", "b", "c"), []
     for number in range(draw(st.integers(1, 8))):
-        counts = [draw(st.sampled_from([1, 1, 1, 1, 0, 2])) for _ in running]
         finish = np.array([draw(st.sampled_from([0] * 9 + [1])) for _ in running], np.int32)
+        counts = [draw(st.sampled_from([1, 1, 1, 1, 2, 0 if code else 1])) for code in finish]  # who does not end gets something
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         tokens = 100 * number + np.arange(offsets[-1], dtype=np.int32)
         logprobs = draw(st.sampled_from([None] * 5 + [Logprobs(*(np.zeros((1, 1), np.int32),) * 5)]))
-        steps.append(
-            Updates(tuple(running), tokens, offsets, finish, np.where(finish, number, -1).astype(np.int32), logprobs=logprobs)
-        )
-        running = [name for name, code in zip(running, finish) if not code]
+        steps.append(Updates(running, tokens, offsets, finish, np.where(finish, number, -1).astype(np.int32), logprobs=logprobs))
+        if finish.any():
+            running = tuple(name for name, code in zip(running, finish) if not code)
     return steps
 
 
@@ -390,30 +389,30 @@ def tell(news: dict, updates: Updates) -> None:
             end.append((int(updates.finish[i]), int(updates.stop_token[i])))
 
 
-def steady(token: int, *names: str, **more) -> Updates:
+def steady(token: int, names: tuple[str, ...], **more) -> Updates:
     count = len(names)
     columns = np.full(count, token, np.int32), np.arange(count + 1, dtype=np.int32), np.zeros(count, np.int32)
     return Updates(names, *columns, np.full(count, -1, np.int32), **more)
 
 
 def test_steady_steps_become_one_and_all_others_stay_as_they_are():
-    told = dict.fromkeys("c", 1)
-    steps = [
-        steady(1, "a", "c"),
-        steady(2, "a", "c"),
-        steady(3, "c"),
-        steady(4, "c", cached=told),
-        steady(5, "c"),
-        steady(6, "c"),
-    ]
+    both, one = ("a", "c"), ("c",)
+    first = steady(4, one, cached={"c": 1})
+    steps = [steady(1, both), steady(2, both), steady(3, one), first, steady(5, one), steady(6, one)]
     news = joined(steps)
     assert [n.tokens.tolist() for n in news] == [[[1, 1], [2, 2]], [[3]], [4], [[5], [6]]]
-    assert news[2] is steps[3] and news[0].updates().offsets.tolist() == [0, 2, 4]
-    assert len(joined([steady(1, "a")] * 200)) == 4  # bounded
+    assert news[2] is first and news[0].updates().offsets.tolist() == [0, 2, 4]
+    assert len(joined([steady(1, one)] * 200)) == 4  # bounded
+    joiner = Joiner()
+    for updates, urgent in zip(steps, (False, False, False, True, True, True)):
+        joiner.add(updates)
+        assert joiner.urgent is urgent
+    assert joiner.take() and not joiner.urgent
 
 
 def test_steady_steps_are_divided_among_api_processes():
-    book, (news,) = Owners(), joined([steady(1, "a", "b", "c"), steady(2, "a", "b", "c")])
+    names = ("a", "b", "c")
+    book, (news,) = Owners(), joined([steady(1, names), steady(2, names)])
     assert list(book.divide(news)) == []
     book.add(b"0", ["a", "c"])
     book.add(b"1", ["b"])

@@ -31,35 +31,39 @@ class Steady:
 
 
 class Joiner:
-    """Collects the steps of a message. Tokens are copied at once: keeping the arrays of many steps would cost the engine's loop
-    more than the copies, because none of them were used again while they are in the caches."""
+    """Collects the steps of a message. The engine names the same sequences by the same tuple as long as they run together.
+    Tokens are copied at once: keeping the arrays of many steps would cost the engine's loop more than the copies, because
+    memory would not be used again while it is in the caches."""
 
     def __init__(self) -> None:
+        self.urgent = False  # is there more than tokens of sequences that go on?
         self._done: list[Updates | Steady] = []
         self._requests: tuple[str, ...] = ()  # of the steps that are being joined
-        self._columns = (b"", b"")  # their offsets and finish codes
         self._tokens = np.empty((0, 0), np.int32)  # [steps, requests]
         self._count = 0
 
     def add(self, updates: Updates) -> None:
         """Rate: once per step."""
-        columns = updates.offsets.tobytes(), updates.finish.tobytes()
-        same = updates.requests is self._requests or updates.requests == self._requests
-        if not (same and columns == self._columns and self._count < MOST and _says_no_more(updates)):
-            self._end()
-            if not _steady(updates):
-                self._done.append(updates)
-                return
-            self._requests, self._columns = updates.requests, columns
-            if self._tokens.shape[1] != updates.tokens.size:
-                self._tokens = np.empty((MOST, updates.tokens.size), np.int32)
-        self._tokens[self._count] = updates.tokens
-        self._count += 1
+        if updates.requests is self._requests and self._count < MOST and _steady(updates):
+            self._tokens[self._count] = updates.tokens
+            self._count += 1
+        else:
+            self._begin(updates)
+
+    def _begin(self, updates: Updates) -> None:
+        self._end()
+        if not _steady(updates):
+            self.urgent = True
+            self._done.append(updates)
+            return
+        if self._tokens.shape[1] != updates.tokens.size:
+            self._tokens = np.empty((MOST, updates.tokens.size), np.int32)
+        self._tokens[0], self._count, self._requests = updates.tokens, 1, updates.requests
 
     def take(self) -> list[Updates | Steady]:
         """What was added since the last time. Rate: once per message."""
         self._end()
-        done, self._done = self._done, []
+        done, self._done, self.urgent = self._done, [], False
         return done
 
     def _end(self) -> None:
@@ -68,14 +72,12 @@ class Joiner:
         self._requests, self._count = (), 0
 
 
-def _says_no_more(updates: Updates) -> bool:
-    """Are tokens and finish codes all?"""
-    if updates.cached or updates.outputs or updates.errors:
-        return False
-    return updates.logprobs is updates.prompt_logprobs is updates.drafted is None
-
-
 def _steady(updates: Updates) -> bool:
-    """Did each sequence get one token, and nothing else happen?"""
-    ones = np.arange(updates.offsets.size, dtype=np.int32)
-    return bool(updates.requests) and _says_no_more(updates) and not updates.finish.any() and (updates.offsets == ones).all()
+    """Did each sequence get one token, and nothing else happen? Who did not end is named because of its tokens: where nobody
+    ended and there are as many tokens as names, each got one. Makes no arrays, which would cost more than the look."""
+    return (
+        updates.tokens.size == len(updates.requests) > 0
+        and not np.count_nonzero(updates.finish)
+        and updates.logprobs is updates.prompt_logprobs is updates.drafted is None
+        and not (updates.cached or updates.outputs or updates.errors)
+    )

@@ -35,8 +35,9 @@ from kernel_openai_server.engine.joining import Joiner, Steady
 from kernel_openai_server.engine.messages import EngineJob, EngineLoad, pack, unpack
 from kernel_openai_server.engine.routing import Owners
 
-SHARE = 0.02  # of its time that the loop may spend on messages: steps that are too short for that have a turn together,
-TURN_SECONDS = 0.005  # but nothing waits for longer
+SHARE = 0.01  # of its time that the loop may spend on messages: steps that are too short for that have a turn together,
+TURN_SECONDS = 0.008  # but nothing waits for longer,
+URGENT_SECONDS = 0.001  # and first tokens, ends and whatever else is more than the next token of a stream not even for that
 GATE_MS = 1  # how long to wait for messages when all requests wait at a gate
 FAREWELL_MS = 1000  # how long the reason of the end may take to reach the API processes
 logger = logging.getLogger("kernel_openai_server")
@@ -64,15 +65,15 @@ class EngineProcess:
         self._part = part
         scheduler, step = part.core.scheduler, part.core.loop.step
         try:
-            due = 0.0
+            turned = pause = 0.0
             while True:
                 worked = step()
                 now = time.monotonic()
-                if worked and now < due:
+                if worked and now - turned < (URGENT_SECONDS if self._pending.urgent else pause):
                     continue
                 self._flush()
                 self._receive(0 if worked else GATE_MS if scheduler.unfinished else None)
-                due = now + min((time.monotonic() - now) / SHARE, TURN_SECONDS) if worked else 0.0
+                turned, pause = now, min((time.monotonic() - now) / SHARE, TURN_SECONDS) if worked else 0.0
         except EngineDeadError as error:
             for identity in tuple(self._clients):
                 self._send(identity, pack(messages.GONE, str(error)))
