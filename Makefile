@@ -33,7 +33,7 @@ define peer
 	@$(PEERS)/$(1)/bin/python -m pip install -q $(TORCH) $(2) || $(call fail, $(2) could not be installed: pip says why above.)
 endef
 
-.PHONY: help setup run test test-slow bench bench-peers bench-speculation bench-gpu lint format budgets clean
+.PHONY: help setup run test test-slow bench bench-serving bench-peers bench-speculation bench-gpu lint format budgets clean
 
 help: ## this list
 	@echo "kernel: an LLM inference engine built as a microkernel"; echo
@@ -57,14 +57,17 @@ test-slow: $(READY) ## the tests marked slow
 	$(call say,pytest: slow tests)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -m slow --durations=10 $(TESTS)
 
-bench: $(READY) ## speed: a step without a model, then this engine against the peers that are installed (build/bench/cpu.json)
+bench: $(READY) ## speed: a step without a model, serving, then this engine against the peers that are installed (build/bench/cpu.json)
 	$(call say,kernel bench step: plan and commit with a device that computes nothing)
 	@for running in 256 1024; do $(BIN)/kernel bench step --running $$running --json; done
 	@$(BIN)/kernel bench step --running 1024 --churn 0.02 --plugins prefix_caching --json
-	$(call say,token chunks of the server and what serving costs the loop with a device that computes nothing (build/bench/serving.json))
-	@$(BIN)/python tests/benchmarks/serving.py --repeat 2
+	@$(MAKE) bench-serving
 	$(call say,this engine and the peers in turn on a random-weight model of 0.5B (minutes each))
 	@$(BIN)/python tests/benchmarks/cpu_peers.py $(BENCH)
+
+bench-serving: $(READY) ## the server alone: token chunks a second and what serving costs the engine loop (build/bench/serving.json)
+	$(call say,token chunks of an API process and the loop's loss to serving with a device that computes nothing)
+	@$(BIN)/python tests/benchmarks/serving.py --repeat 2 $(SERVING)
 
 bench-speculation: $(READY) ## tokens a second with and without drafts (build/bench/speculation.json)
 	$(call say,n-gram on a random-weight model of 0.5B, the heads on the embedded model)

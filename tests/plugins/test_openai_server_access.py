@@ -88,6 +88,23 @@ def test_every_route_but_public_ones_needs_a_key(engine):
     run(app, scenario)
 
 
+def test_head_is_get_without_the_body(engine):
+    records = Records()
+    app = application(engine, plugin_router(), [("mine", records)], api_keys=(KEY,))
+
+    async def scenario(client):
+        for path, key in (("/health", {}), ("/open", {}), ("/v1/models", {"authorization": f"Bearer {KEY}"})):
+            got, head = await client.get(path, headers=key), await client.head(path, headers=key)
+            assert head.status_code == got.status_code == 200 and head.content == b"" != got.content
+            for name in ("content-type", "content-length"):
+                assert head.headers[name] == got.headers[name]
+        assert (records.seen[-1].method, records.seen[-1].route) == ("HEAD", "/v1/models")
+        assert (await client.head("/v1/models")).status_code == 401
+        assert [(await client.head(f"/v1/{name}", headers=key)).status_code for name in ("completions", "nothing")] == [405, 404]
+
+    run(app, scenario)
+
+
 def test_a_key_of_the_environment_counts_too(engine, monkeypatch):
     monkeypatch.setenv("KERNEL_API_KEY", KEY)
     app = application(engine)

@@ -366,3 +366,12 @@ def test_a_slow_reader_gets_everything(server):
         assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines) == whole["choices"][0]["text"]
 
     asyncio.run(read())
+
+
+def test_responses_take_the_number_of_drafts(client):
+    def say(**body) -> httpx.Response:
+        return client.post("/v1/responses", json={"input": "Hello!", "max_output_tokens": 8, "temperature": 0, **body})
+
+    with_drafts, without = (say(**body).json()["output"][0]["content"] for body in ({}, {"max_drafts": 0}))
+    assert with_drafts == without and without[0]["text"]
+    assert error(say(max_drafts=-1), 400)["param"] == "max_drafts"

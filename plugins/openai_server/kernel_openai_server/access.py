@@ -1,4 +1,5 @@
-"""Pure ASGI layers around the application, outermost first: `Exchanges` (ids, records), CORS, `Keys`, `Bodies`."""
+"""Pure ASGI layers around the application, outermost first: `Exchanges` (ids, records), CORS, `Heads`, `Keys`,
+`Bodies`."""
 
 from __future__ import annotations
 
@@ -92,6 +93,27 @@ class Exchanges:
             except Exception:
                 logger.exception("the HTTP observer of the plugin %r failed and is left out from now on", plugin)
                 self._observers.remove((plugin, observer))
+
+
+class Heads:
+    """HEAD is GET without the body, on every route that has GET."""
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Any) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        inner = {**scope, "method": "GET"}
+        try:
+            await self._app(inner, receive, without_body)
+        finally:
+            scope["route"] = inner.get("route")
 
 
 class Keys:

@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute
 
 from kernel_core.api import BuildContext, ConfigError
 from kernel_openai_server import errors, openapi
-from kernel_openai_server.access import Application, Bodies, Exchanges, Keys, is_public
+from kernel_openai_server.access import Application, Bodies, Exchanges, Heads, Keys, is_public
 from kernel_openai_server.api import Api
 from kernel_openai_server.client import EngineClient
 from kernel_openai_server.generation import make_router as generation_routes
@@ -78,6 +78,7 @@ def layered(
     keys = [*section.api_keys, *filter(None, [os.environ.get(KEY)])]
     if keys:
         app = Keys(app, keys, [route for _, router in routers for route in router.routes if is_public(route)])
+    app = Heads(app)
     if section.cors_origins:
         app = CORSMiddleware(
             app, allow_origins=section.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["x-request-id"]

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import zmq
@@ -56,20 +56,21 @@ class EngineProcess:
         self._pending = Joiner()
         self._part: EnginePart | None = None
 
-    def emit(self, updates: Updates) -> None:
-        """Given to the engine; sent after the step, because the last ones of a failing step are not meant for requests."""
-        self._pending.add(updates)
+    @property
+    def emit(self) -> Callable[[Updates], None]:
+        """For the engine. Sent after the step, because the last ones of a failing step are not meant for requests."""
+        return self._pending.add
 
     def run(self, part: EnginePart) -> None:
         """Until a signal, or the engine's death, which all API processes are told. Raises EngineDeadError then."""
         self._part = part
-        scheduler, step = part.core.scheduler, part.core.loop.step
+        scheduler, step, pending = part.core.scheduler, part.core.loop.step, self._pending
         try:
             turned = pause = 0.0
             while True:
                 worked = step()
                 now = time.monotonic()
-                if worked and now - turned < (URGENT_SECONDS if self._pending.urgent else pause):
+                if worked and now - turned < (URGENT_SECONDS if pending.urgent else pause):
                     continue
                 self._flush()
                 self._receive(0 if worked else GATE_MS if scheduler.unfinished else None)

@@ -82,6 +82,7 @@ class ResponseRequest(Ignored):
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31)
+    max_drafts: Integer | None = Field(None, ge=0, description="most drafts of a drafter in a step; 0: none")
     top_logprobs: Integer | None = Field(None, ge=0, description="alternatives for each token; also include")
     include: list[str] | None = Field(None, description='"message.output_text.logprobs"; others are ignored')
     text: TextOptions | None = None
