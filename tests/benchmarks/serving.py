@@ -244,7 +244,7 @@ async def consume(job: Path, streams: int, tokens: int) -> None:
         await engine.ready()
 
         async def one(i: int) -> None:
-            params = engine.params(max_tokens=tokens, temperature=1.0, ignore_eos=True)
+            params = engine.params(max_tokens=tokens, temperature=1.0, ignore_eos=True, seed=i)
             async for _ in engine.generate(_prompt(i), params):
                 pass
 
