@@ -31,7 +31,7 @@ class Pending:
     timings: dict[str, float] = field(default_factory=dict)
     settle: Callable[[Pending], None] | None = None
     observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
-    asked: bool = True  # was the drafter?
+    asked: bool = False  # was the drafter?
     started: float = 0.0
     arrays: dict[str, np.ndarray] | None = None
     whole: tuple[StepPlan, np.ndarray] | None = None

@@ -8,8 +8,9 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
                   are the caller's, e.g. one that replays captured graphs; for the model and for the layers of a drafter
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
     steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
-                  `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would,
-                  and gives "tokens" [R, 1], "numbers" [5, R] and "bad" [R]
+                  `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would
+                  without a drafter, and gives "tokens" [R, 1], "numbers" [5, R] and "bad" [R]; perhaps `timings`, seconds of
+                  its phases
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,8 @@ class Runner:
             pending = Pending(plan.only(kept), acks=acks, timings=clock.done(), settle=self.settle, oversized=True)
         if not kept.all():
             pending.whole = (plan, kept)
+        if self.drafter is not None and pending.download is not None:
+            pending.observe, pending.started = self.drafter.observe, clock.started
         return pending
 
     def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending | None:
@@ -119,10 +123,11 @@ class Runner:
     def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending:
         if not len(plan.rows):
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
-        if self._steady is not None and (download := self._steady(plan)) is not None:
-            return Pending(plan, download=download, acks=acks, timings=clock.done(), settle=self.settle)
-        step = self.inputs.build(plan)
         drafter = None if getattr(self.drafter, "asleep", False) else self.drafter
+        if drafter is None and self._steady is not None and (download := self._steady(plan)) is not None:
+            timings = clock.done(getattr(download, "timings", {}))
+            return Pending(plan, download=download, acks=acks, timings=timings, settle=self.settle)
+        step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
         forward.tapped = bool(drafter and drafter.taps)
         clock.lap("inputs")
@@ -138,8 +143,7 @@ class Runner:
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
         pending = Pending(plan, step.layout, download, logprobs, prompt, acks, clock.done(), self.settle)
-        if self.drafter is not None:
-            pending.observe, pending.started, pending.asked = self.drafter.observe, clock.started, drafter is not None
+        pending.asked = drafter is not None
         if self.transforms.has_host:
             pending.reasons = dict(self.transforms.failed)
             self._unsettled.append(pending)
@@ -382,8 +386,8 @@ class _Clock:
         now = perf_counter()
         self._laps[name], self._last = now - self._last, now
 
-    def done(self) -> dict[str, float]:
-        return {**self._laps, "total": perf_counter() - self.started}
+    def done(self, laps: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        return {**self._laps, **laps, "total": perf_counter() - self.started}
 
 
 def _attempt(job: Job, work: Callable[[], Any]) -> tuple[Ack, Any]:

@@ -14,6 +14,7 @@ from kernel_core.api import Capabilities, PluginError
 from kernel_core.nn.api import MemoryReport, Sampler
 from kernel_cpu import build, pointwise, sampling, threads
 from kernel_cpu.replay import Replay
+from kernel_cpu.steady import SteadySteps
 
 
 class CpuDevice:
@@ -48,6 +49,7 @@ class CpuDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=pointwise.argmax, draw=sampling.draw)}
+        parts["steady"] = SteadySteps
         return parts | {"graphs": Replay} if self._replays else parts
 
     def synchronize(self) -> None:
