@@ -138,6 +138,10 @@ def follows(matcher, text: str) -> bool:
         ("json_schema", HOSTILE["a reference to itself"]["json"], "leads back to itself"),
         ("json_schema", {"type": "strnig"}, "strnig"),
         ("json_schema", {"type": "string", "maxLength": 10**9}, "maxLength = 1000000000"),
+        ("json_schema", {"properties": {f"key number {n}": {} for n in range(300)}}, "further keys beside so many"),
+        ("json_schema", {"properties": {str(n): {} for n in range(501)}}, "an object of 501 properties"),
+        ("json_schema", {"properties": {str(n): {} for n in range(65)}, "maxProperties": 3}, "of 65 properties"),
+        ("json_schema", {"anyOf": [{"type": "string", "maxLength": n} for n in range(900, 930)]}, "lengths of all strings"),
         ("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}, "minimum greater than maximum"),
         ("json_schema", {"properties": {"a": False}}, "false"),
         ("json_schema", "{", "json_schema"),
@@ -287,13 +291,14 @@ def test_without_the_library_the_start_is_refused(monkeypatch):
 
 
 HUGE = {
-    "huge length": {"json": {"type": "string", "maxLength": 100_000}},
+    "long": {"json": {"type": "string", "maxLength": 1000}},
     "a million of a": {"regex": "(a{1000}){1000}"},
     "ambiguous": {"grammar": 'start: start start | "a" | start start start | ""'},
     "ambiguous rules": {"grammar": 'root ::= root root | "a" | root root root | ""'},
     "left recursion": {"json": {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}, "$ref": "#/$defs/a"}},
     "many choices": {"choice": [f"word{number} and more" for number in range(8000)]},
-    "many keys": {"json": {"type": "object", "properties": {f"key number {n}": {"type": "integer"} for n in range(300)}}},
+    "many keys": {"json": {"type": "object", "properties": {f"key number {n}": {"type": "integer"} for n in range(200)}}},
+    "states": {"regex": "[ab]*a[ab]{60}"},
     "nowhere": {"grammar": "root ::= root"},
 }
 

@@ -25,7 +25,7 @@ REFUSED = {
     code.POSSESSIVE_REPEAT: "a possessive quantifier",
     code.AT: r"an anchor, \b or \B inside",
 }
-MOST_REPEATS = 1 << 20
+MOST_REPEATS = 1000  # beyond it a mask takes some 100 ms
 MOST_NESTED = 200
 #: what JSON writes as an escape with a letter of its own
 ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
@@ -246,13 +246,18 @@ def json_lengths(least: int, most: int | None) -> str:
 
 
 def json_except(names: Iterable[str]) -> str:
-    """For any JSON string but these, between its quotes."""
-    names = set(names)
+    """For any JSON string but these, between its quotes: the beginning of one, or what goes another way and then anywhere."""
+    begun, astray = _ways(set(names))
+    return f"(?:{begun}|{astray}{json_set(EVERYTHING)}*)" if begun is not None else f"{astray}{json_set(EVERYTHING)}*"
+
+
+def _ways(names: set[str]) -> tuple[str | None, str]:
+    """Expressions of the proper beginnings of the names (None: there are none), and of the shortest texts that begin none."""
     firsts = sorted({name[0] for name in names if name})
-    other = without(EVERYTHING, _ranges("".join(firsts)))
-    ways = [] if "" in names else [""]
-    ways.append(json_set(other) + json_set(EVERYTHING) + "*")
+    begun, astray = [] if "" in names else [""], [json_set(without(EVERYTHING, _ranges("".join(firsts))))]
     for first in firsts:
-        rest = json_except(name[1:] for name in names if name[:1] == first)
-        ways.append(json_set(_ranges(first)) + rest)
-    return "(?:" + "|".join(ways) + ")"
+        written = json_set(_ranges(first))
+        inner, other = _ways({name[1:] for name in names if name[:1] == first})
+        begun += [] if inner is None else [written + inner]
+        astray.append(written + other)
+    return (f"(?:{'|'.join(begun)})" if begun else None), f"(?:{'|'.join(astray)})"

@@ -28,8 +28,12 @@ COMBINED = ("$ref", "anyOf", "oneOf", "allOf", "const", "enum")
 CONSTRAINTS = frozenset([*COMBINED, "type", *(name for names in BY_TYPE.values() for name in names)])
 DIGITS, LARGEST = 6, 10**15  # of bounds of numbers
 MULTIPLE, RANGE = 1024, 10_000  # multipleOf of integers, and the widest range beside it
-MOST = 100_000  # of lengths and items
 DEEPEST = 60
+# Compiling and masks take time with these: beyond them it is seconds.
+ITEMS, LENGTH = 100_000, 1000  # of arrays and strings
+PROPERTIES, COUNTED = 500, 64  # of one object, and beside minProperties or maxProperties
+EXCEPTED = 3000  # characters of names beside further keys, in the whole schema
+TEXTS = 20_000  # characters of all different kinds of strings
 HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
 DAY = r"\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
 BYTE, LABEL = r"(?:\d|[1-9]\d|1\d\d|2[0-4]\d|25[0-5])", r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -63,7 +67,8 @@ class Lowering:
         self.root = root
         self.definitions: dict[str, Schema] = {}
         self.names: dict[str, str] = {}  # by reference
-        self.depth = 0
+        self.texts: dict[str, str] = {}  # names by pattern
+        self.depth = self.excepted = self.characters = 0
 
     def whole(self) -> Schema:
         return {**self.lower(self.root, "#"), "$defs": self.definitions}
@@ -147,7 +152,7 @@ class Lowering:
         if "any" not in self.definitions:
             ref = {"$ref": "#/$defs/any"}
             self.definitions["any"] = {}
-            kinds = [{"type": "number"}, {"type": "boolean"}, {"type": "null"}, text(json_lengths(0, None))]
+            kinds = [{"type": "number"}, {"type": "boolean"}, {"type": "null"}, self.text(json_lengths(0, None), 0)]
             holders = [{"type": "array", "items": ref}, keyed({json_except(()): ref})]
             self.definitions["any"] = one_of([*holders, *kinds])
         return {"$ref": "#/$defs/any"}
@@ -155,9 +160,40 @@ class Lowering:
     # ---- schemas of a type
 
     def typed(self, given: Schema, path: str) -> Schema:
-        make = {"object": self.object, "array": self.array, "string": string, "number": number, "integer": integer}
+        make = {"object": self.object, "array": self.array, "string": self.string, "number": number, "integer": integer}
         kinds = named_types(given.get("type"), path)
         return one_of([make[kind](given, path) if kind in make else {"type": kind} for kind in kinds])
+
+    def string(self, given: Schema, path: str) -> Schema:
+        least, most = count(given, "minLength", path), count(given, "maxLength", path)
+        pattern, form = given.get("pattern"), given.get("format")
+        if pattern is not None and form is not None:
+            raise refusal("format beside pattern", path, "leave one of them out")
+        if pattern is None and form is None:
+            if most is not None and (least or 0) > most:
+                raise RequestError(f"structured_outputs: minLength is more than maxLength (at {path})")
+            return self.text(json_lengths(least or 0, most), most or least or 0)
+        if form is not None and form not in FORMATS:
+            raise refusal(f"format = {form!r}", path, f"known are {', '.join(FORMATS)}; or write a pattern")
+        wanted = pattern if form is None else f"^{FORMATS[form]}$"
+        written, low, high = json_pattern_at(wanted, path)
+        if low < (least or 0) or high > (inf if most is None else most):
+            name = "maxLength" if high > (inf if most is None else most) else "minLength"
+            beside = "format" if form is not None else "pattern"
+            raise refusal(
+                f"{name} beside a {beside} that allows other lengths", path, "say the length in a pattern, as ^[a-z]{2,8}$"
+            )
+        return self.text(written, low if high == inf else high)
+
+    def text(self, pattern: str, characters: float) -> Schema:
+        """Of one kind of string, which is compiled once."""
+        if pattern not in self.texts:
+            self.characters += int(characters)
+            if self.characters > TEXTS:
+                raise RequestError(f"structured_outputs: the lengths of all strings add up to more than {TEXTS}: leave some out")
+            self.texts[pattern] = f"text{len(self.texts)}"
+            self.definitions[self.texts[pattern]] = {"type": "string", "pattern": pattern}
+        return {"$ref": f"#/$defs/{self.texts[pattern]}"}
 
     def array(self, given: Schema, path: str) -> Schema:
         least, most = count(given, "minItems", path), count(given, "maxItems", path)
@@ -182,13 +218,19 @@ class Lowering:
                 if patterns or further is False:
                     raise refusal(f"required = {name!r} without a property of that name", path, "describe it in properties")
                 properties[name] = further
+        counts = {name: count(given, name, path) for name in ("minProperties", "maxProperties")}
+        most = COUNTED if any(counts.values()) else PROPERTIES
+        if len(properties) > most:
+            raise refusal(f"an object of {len(properties)} properties", path, f"at most {most}")
         made: Schema = {"type": "object", "required": required, "additionalProperties": False}
         made["properties"] = {n: self.lower(part, f"{path}/properties/{n}") for n, part in properties.items()}
         if patterns:
             made["patternProperties"] = self.by_pattern(patterns, further, properties, path)
         elif further is not False:
+            self.excepted += sum(map(len, properties))
+            if self.excepted > EXCEPTED:
+                raise refusal("further keys beside so many properties", path, "write additionalProperties: false")
             made["patternProperties"] = {json_except(properties): self.lower(further, f"{path}/additionalProperties")}
-        counts = {name: count(given, name, path) for name in ("minProperties", "maxProperties")}
         made.update({name: value for name, value in counts.items() if value is not None})
         return made
 
@@ -220,10 +262,6 @@ def one_of(schemas: list[Schema]) -> Schema:
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
-def text(pattern: str) -> Schema:
-    return {"type": "string", "pattern": pattern}
-
-
 def keyed(patterns: Schema) -> Schema:
     return {"type": "object", "patternProperties": patterns, "additionalProperties": False}
 
@@ -246,26 +284,6 @@ def json_pattern_at(pattern: str, path: str) -> tuple[str, float, float]:
         return json_pattern(pattern)
     except (Unsupported, re.error, RecursionError) as error:
         raise RequestError(f"structured_outputs: the pattern {pattern[:100]!r} (at {path}) cannot be used: {error}") from error
-
-
-def string(given: Schema, path: str) -> Schema:
-    least, most = count(given, "minLength", path), count(given, "maxLength", path)
-    pattern, form = given.get("pattern"), given.get("format")
-    if pattern is not None and form is not None:
-        raise refusal("format beside pattern", path, "leave one of them out")
-    if pattern is None and form is None:
-        if most is not None and (least or 0) > most:
-            raise RequestError(f"structured_outputs: minLength is more than maxLength (at {path})")
-        return text(json_lengths(least or 0, most))
-    if form is not None and form not in FORMATS:
-        raise refusal(f"format = {form!r}", path, f"known are {', '.join(FORMATS)}; or write a pattern")
-    wanted = pattern if form is None else f"^{FORMATS[form]}$"
-    written, low, high = json_pattern_at(wanted, path)
-    if low < (least or 0) or high > (inf if most is None else most):
-        name = "maxLength" if high > (inf if most is None else most) else "minLength"
-        beside = "format" if form is not None else "pattern"
-        raise refusal(f"{name} beside a {beside} that allows other lengths", path, "say the length in a pattern, as ^[a-z]{2,8}$")
-    return text(written)
 
 
 def bound(given: Schema, name: str, path: str) -> Any:
@@ -320,6 +338,7 @@ def count(given: Schema, name: str, path: str) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != floor(value) or value < 0:
         raise RequestError(f"structured_outputs: {name} (at {path}) has to be a whole number of at least 0")
-    if value > MOST:
-        raise refusal(f"{name} = {value}", path, f"at most {MOST}")
+    most = LENGTH if name.endswith("Length") else ITEMS
+    if value > most:
+        raise refusal(f"{name} = {value}", path, f"at most {most}; or leave it out")
     return int(value)
