@@ -221,6 +221,17 @@ def test_special_tokens_are_no_text():
     )
 
 
+@pytest.mark.parametrize("unit", [r"[^x]", r"[\s\S]", r"."])
+def test_bytes_that_are_no_utf_8_are_no_character(unit):
+    """A surrogate, written as UTF-8 would write it."""
+    bytes_of = {"\xed": "í", "\xa0": "ł", "\x80": "Ģ"}  # as the tokenizer's vocabulary spells bytes
+    ids = [tokenizer()[1].token_to_id(letter) for letter in bytes_of.values()]
+    for kind, value in (("regex", unit), ("json_schema", {"type": "string", "pattern": unit})):
+        begin = matcher("xgrammar", kind, value)
+        assert kind == "regex" or begin.try_advance(tokenizer()[1].token_to_id('"'))
+        assert begin.try_advance(ids[0]) and not begin.try_advance(ids[1])
+
+
 # ---- the same as the other back end
 
 #: where they differ on purpose: in words, and how a text shows it
@@ -275,7 +286,8 @@ def test_both_back_ends_take_the_same_words(kind, value):
 
 @pytest.mark.slow
 def test_both_back_ends_take_the_same_texts_of_all_schemas():
-    alike = sum(both_ways("json_schema", schema) for name, schema in schemas() if name not in UNLIKE)
+    chosen = [schema for name, schema in schemas() if name not in UNLIKE and "format" not in json.dumps(schema)]
+    alike = sum(both_ways("json_schema", schema) for schema in chosen)
     print(f"{alike} walks were followed to their end")
     assert alike > 300
 

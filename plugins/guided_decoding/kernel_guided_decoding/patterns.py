@@ -118,7 +118,9 @@ def _item(item: tuple[Any, Any], wide: bool) -> Ranges:
 
 
 def _point(point: int) -> str:
-    """ASCII by number, the rest as it is: xgrammar misreads a class with a numbered code point beyond ASCII."""
+    """The rest as it is: xgrammar misreads a class where a numbered code point beyond ASCII comes before one of ASCII."""
+    if 0xD800 <= point <= 0xDFFF:
+        return f"\\u{{{point:x}}}"
     return f"\\x{point:02x}" if point < 128 else chr(point)
 
 
@@ -128,11 +130,8 @@ def text_set(ranges: Ranges) -> str:
         raise Unsupported("it has a class that no character is in")
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return _point(ranges[0][0])
-    rest = without(EVERYTHING, ranges)
-    if not rest:
-        return r"(?:[^\x00]|\x00)"
-    if ranges[-1][1] == EVERYTHING[-1][1]:  # the masks of such a class are quick only in this form
-        return f"[^{_members(rest)}]"
+    if ranges[-1][1] == EVERYTHING[-1][1]:  # masks of such a class are quick only as what is left out, surrogates among it
+        return f"[^{_members(without(((0, EVERYTHING[-1][1]),), ranges))}]"
     return f"[{_members(ranges)}]"
 
 
