@@ -221,15 +221,50 @@ def test_special_tokens_are_no_text():
     )
 
 
-@pytest.mark.parametrize("unit", [r"[^x]", r"[\s\S]", r"."])
+#: as UTF-8 would write them, and must not: a surrogate, too long forms, what is beyond Unicode, and parts
+MALFORMED = [
+    b"\xed\xa0\x80",
+    b"\xc0\xa2",
+    b"\xe0\x80\x80",
+    b"\xe0\x9f\xbf",
+    b"\xf0\x80\x80\x80",
+    b"\xf4\x90\x80\x80",
+    b"\xff",
+    b"\x80",
+    b"\xe2\x82",
+]
+
+
+def of_bytes(data: bytes) -> list[int]:
+    """Tokens of one byte each: byte-level vocabularies spell what is not printed as Latin-1 by letters from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [tokenizer()[1].token_to_id(chr(byte if byte in shown else 256 + hidden.index(byte))) for byte in data]
+
+
+@pytest.mark.parametrize("unit", [r"[^x]", r"[\s\S]", r".", r"[\W\w]", r"[^\s]"])
 def test_bytes_that_are_no_utf_8_are_no_character(unit):
-    """A surrogate, written as UTF-8 would write it."""
-    bytes_of = {"\xed": "í", "\xa0": "ł", "\x80": "Ģ"}  # as the tokenizer's vocabulary spells bytes
-    ids = [tokenizer()[1].token_to_id(letter) for letter in bytes_of.values()]
-    for kind, value in (("regex", unit), ("json_schema", {"type": "string", "pattern": unit})):
+    for kind, value in (("regex", unit), ("json_schema", {"type": "string", "pattern": f"^{unit}$"})):
+        quote = b"" if kind == "regex" else b'"'
         begin = matcher("xgrammar", kind, value)
-        assert kind == "regex" or begin.try_advance(tokenizer()[1].token_to_id('"'))
-        assert begin.try_advance(ids[0]) and not begin.try_advance(ids[1])
+        for data in (*MALFORMED, *(letter.encode() for letter in "aé\u0800\u0fff\ud7ff\ue000\uffff😀\U0010ffff")):
+            at = begin.copy()
+            taken = all(at.try_advance(token) for token in of_bytes(quote + data + quote)) and at.accepting()
+            assert taken == (data not in MALFORMED), (kind, data)
+
+
+def test_classes_have_their_characters_and_no_others():
+    """Random ranges, at their ends and beside them."""
+    draw = np.random.default_rng(7)
+    for _ in range(25):
+        points = sorted({int(2 ** draw.uniform(5, 20)) for _ in range(6)} - set(range(0xD7F0, 0xE010)))
+        pairs = [*zip(points[::2], points[1::2])]
+        pairs = [(a, b) for a, b in pairs if not a < 0xD800 <= b]
+        written = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in pairs)
+        for pattern in (f"[{written}]", f"[^{written}]"):
+            begin = matcher("xgrammar", "regex", pattern)
+            for text in {chr(edge + step) for pair in pairs for edge in pair for step in (-1, 0, 1)}:
+                assert follows(begin.copy(), text) == bool(re.fullmatch(pattern, text)), (pattern, text)
 
 
 # ---- the same as the other back end

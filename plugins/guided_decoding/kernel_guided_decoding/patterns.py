@@ -14,6 +14,11 @@ from typing import Any
 Ranges = tuple[tuple[int, int], ...]  # of code points: sorted, apart, both ends included
 
 EVERYTHING: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
+#: by the length of their UTF-8 and what may follow the first byte
+BLOCKS = (
+    *((0, 0x7F), (0x80, 0x7FF), (0x800, 0xFFF), (0x1000, 0xD7FF), (0xE000, 0xFFFF)),
+    *((0x10000, 0x3FFFF), (0x40000, 0xFFFFF), (0x100000, 0x10FFFF)),
+)
 STARTS = (code.AT_BEGINNING, code.AT_BEGINNING_STRING)
 ENDS = (code.AT_END, code.AT_END_STRING)
 REFUSED = {
@@ -117,26 +122,22 @@ def _item(item: tuple[Any, Any], wide: bool) -> Ranges:
 # ---- writing
 
 
-def _point(point: int) -> str:
-    """The rest as it is: xgrammar misreads a class where a numbered code point beyond ASCII comes before one of ASCII."""
-    if 0xD800 <= point <= 0xDFFF:
-        return f"\\u{{{point:x}}}"
-    return f"\\x{point:02x}" if point < 128 else chr(point)
-
-
 def text_set(ranges: Ranges) -> str:
-    """One character of the ranges, as it is."""
+    """One character of the ranges, as it is. In blocks of UTF-8: xgrammar takes malformed bytes for a class across them."""
     if not ranges:
         raise Unsupported("it has a class that no character is in")
+    ways = [_class(part) for block in BLOCKS if (part := both(ranges, (block,)))]
+    return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"
+
+
+def _class(ranges: Ranges) -> str:
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return _point(ranges[0][0])
-    if ranges[-1][1] == EVERYTHING[-1][1]:  # masks of such a class are quick only as what is left out, surrogates among it
-        return f"[^{_members(without(((0, EVERYTHING[-1][1]),), ranges))}]"
-    return f"[{_members(ranges)}]"
+    return "[" + "".join(_point(a) if a == b else f"{_point(a)}-{_point(b)}" for a, b in ranges) + "]"
 
 
-def _members(ranges: Ranges) -> str:
-    return "".join(_point(a) if a == b else f"{_point(a)}-{_point(b)}" for a, b in ranges)
+def _point(point: int) -> str:
+    return f"\\x{point:02x}" if point < 128 else chr(point)
 
 
 def json_set(ranges: Ranges) -> str:

@@ -29,6 +29,7 @@ CONSTRAINTS = frozenset([*COMBINED, "type", *(name for names in BY_TYPE.values()
 DIGITS, LARGEST = 6, 10**15  # of bounds of numbers
 MULTIPLE, RANGE = 1024, 10_000  # multipleOf of integers, and the widest range beside it
 DEEPEST = 60
+MARKS = 0xF0000
 # Compiling and masks take time with these: beyond them it is seconds.
 ITEMS, LENGTH = 100_000, 1000  # of arrays and strings
 PROPERTIES, COUNTED = 500, 64  # of one object, and beside minProperties or maxProperties
@@ -54,10 +55,17 @@ def refusal(what: str, path: str, advice: str) -> RequestError:
     return RequestError(f"structured_outputs: {what} (at {path}) is not supported by xgrammar; {advice}")
 
 
-def lowered(schema: Any) -> Schema:
-    """The whole schema. Raises RequestError naming the keyword and its place, ValueError, TypeError and KeyError for what is no
-    JSON schema."""
-    return Lowering(schema).whole()
+def lowered(schema: Any) -> tuple[Schema, list[str]]:
+    """The whole schema, and what its patterns stand for: pattern `mark(n)`, a class that nothing else has, for expression n of a
+    JSON string between its quotes. Raises RequestError naming the keyword and its place, ValueError, TypeError and KeyError for
+    what is no JSON schema."""
+    lowering = Lowering(schema)
+    return lowering.whole(), list(lowering.patterns)
+
+
+def mark(number: int) -> str:
+    """Two characters of the plane for private use."""
+    return f"[{chr(MARKS + 2 * number)}-{chr(MARKS + 2 * number + 1)}]"
 
 
 class Lowering:
@@ -68,6 +76,7 @@ class Lowering:
         self.definitions: dict[str, Schema] = {}
         self.names: dict[str, str] = {}  # by reference
         self.texts: dict[str, str] = {}  # names by pattern
+        self.patterns: dict[str, str] = {}  # marks by pattern
         self.depth = self.excepted = self.characters = 0
 
     def whole(self) -> Schema:
@@ -153,7 +162,7 @@ class Lowering:
             ref = {"$ref": "#/$defs/any"}
             self.definitions["any"] = {}
             kinds = [{"type": "number"}, {"type": "boolean"}, {"type": "null"}, self.text(json_lengths(0, None), 0)]
-            holders = [{"type": "array", "items": ref}, keyed({json_except(()): ref})]
+            holders = [{"type": "array", "items": ref}, keyed({self.marked(json_except(())): ref})]
             self.definitions["any"] = one_of([*holders, *kinds])
         return {"$ref": "#/$defs/any"}
 
@@ -192,8 +201,11 @@ class Lowering:
             if self.characters > TEXTS:
                 raise RequestError(f"structured_outputs: the lengths of all strings add up to more than {TEXTS}: leave some out")
             self.texts[pattern] = f"text{len(self.texts)}"
-            self.definitions[self.texts[pattern]] = {"type": "string", "pattern": pattern}
+            self.definitions[self.texts[pattern]] = {"type": "string", "pattern": self.marked(pattern)}
         return {"$ref": f"#/$defs/{self.texts[pattern]}"}
+
+    def marked(self, pattern: str) -> str:
+        return self.patterns.setdefault(pattern, mark(len(self.patterns)))
 
     def array(self, given: Schema, path: str) -> Schema:
         least, most = count(given, "minItems", path), count(given, "maxItems", path)
@@ -230,7 +242,9 @@ class Lowering:
             self.excepted += sum(map(len, properties))
             if self.excepted > EXCEPTED:
                 raise refusal("further keys beside so many properties", path, "write additionalProperties: false")
-            made["patternProperties"] = {json_except(properties): self.lower(further, f"{path}/additionalProperties")}
+            made["patternProperties"] = {
+                self.marked(json_except(properties)): self.lower(further, f"{path}/additionalProperties")
+            }
         made.update({name: value for name, value in counts.items() if value is not None})
         return made
 
@@ -244,7 +258,7 @@ class Lowering:
         for name in names:
             if re.search(pattern, name):
                 raise refusal(f"a property {name!r} that patternProperties match too", path, "leave one of them out")
-        return {written: self.lower(part, f"{path}/patternProperties/{pattern}")}
+        return {self.marked(written): self.lower(part, f"{path}/patternProperties/{pattern}")}
 
 
 # ---- without a state

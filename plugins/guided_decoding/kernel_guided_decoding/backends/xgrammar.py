@@ -16,15 +16,15 @@ from xgrammar import BatchGrammarMatcher, Grammar, GrammarCompiler, GrammarMatch
 from kernel_core.api import RequestError
 from kernel_guided_decoding.backends import Mark, Spacing, Tag, Unusable
 from kernel_guided_decoding.patterns import Unsupported, text_pattern
-from kernel_guided_decoding.schemas import lowered
+from kernel_guided_decoding.schemas import MARKS, lowered
 
 SPACING: Mapping[str, Mapping[str, Any]] = {
     "spaced": {"any_whitespace": False, "separators": (", ", ": ")},
     "compact": {"any_whitespace": False, "separators": (",", ":")},
     "flexible": {"any_whitespace": True},
 }
-#: of EBNF: the expression of a JSON string; or a text or class, to pass over
-JSON_STRING = re.compile(r'Regex\(("(?:[^"\\]|\\.)*"), json_string=true\)|"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]')
+#: of EBNF: a mark of `schemas`, or a text to pass over
+MARKED = re.compile(r'\[\\U000([fF][0-9a-fA-F]{4})-\\U000[fF][0-9a-fA-F]{4}\]|"(?:[^"\\]|\\.)*"')
 ELSEWHERE = 'or set plugins.guided_decoding.backend = "llguidance"'
 #: in a Lark grammar: a pattern of its text → what it is called; xgrammar reads these in its own way, or not in full
 LARK_REFUSED = {
@@ -46,7 +46,7 @@ class XGrammar:
             written = text_pattern(pattern)
         except (Unsupported, re.error, RecursionError) as error:
             raise Unusable(f"this regex cannot be used: {error}; change it, {ELSEWHERE}") from error
-        return _made(Grammar.from_regex, written)
+        return _made(Grammar.from_ebnf, f"root ::= {_expression(written)}\n")
 
     def json_schema(self, schema: Any, spacing: Spacing) -> str:
         return _made(Grammar.from_ebnf, _rules(schema, spacing))
@@ -87,12 +87,28 @@ def _tagged(form: Mapping[str, Any]) -> str:
 
 
 def _rules(schema: Any, spacing: Spacing) -> str:
-    """A JSON schema as EBNF. In strings xgrammar drops the escapes from a pattern, and ours has all that JSON needs."""
+    """A JSON schema as EBNF. xgrammar would drop the escapes from some patterns and expand others into rules with slow masks."""
+    made, patterns = lowered(schema)
     try:
-        written = str(Grammar.from_json_schema(json.dumps(lowered(schema)), strict_mode=False, **SPACING[spacing]))
+        written = str(Grammar.from_json_schema(json.dumps(made), strict_mode=False, **SPACING[spacing]))
     except RuntimeError as error:
         raise Unusable(_reason(error)) from error
-    return JSON_STRING.sub(lambda found: f"Regex({found[1]})" if found[1] else found[0], written)
+    found: set[int] = set()
+
+    def expression(place: re.Match[str]) -> str:
+        if place[1] is None:
+            return place[0]
+        found.add(number := (int(place[1], 16) - MARKS) // 2)
+        return _expression(patterns[number])
+
+    written = MARKED.sub(expression, written)
+    if patterns and not found:
+        raise Unusable("this version of xgrammar writes schemas in a way that is not known: install one that the extra names")
+    return written
+
+
+def _expression(pattern: str) -> str:
+    return f"Regex({json.dumps(pattern, ensure_ascii=False)})"
 
 
 def _reason(error: RuntimeError) -> str:
