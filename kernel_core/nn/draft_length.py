@@ -13,6 +13,8 @@ the most that is ever lost. Rows whose tokens its layers missed are never drafte
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 
 from kernel_core.nn.protocols import DraftOutcome
@@ -90,7 +92,7 @@ class DraftLength:
         self._debt, self._sleeping = 0.0, False
         self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
         self.overall = np.array(PRIOR)
-        self.costs: dict[int, StepCost] = {}
+        self.costs: defaultdict[int, StepCost] = defaultdict(StepCost)
         self.turn = 0
 
     @property
@@ -147,10 +149,7 @@ class DraftLength:
                 self._behind |= self._open
 
     def _cost(self, rows: int) -> StepCost:
-        size = max(rows, 1).bit_length()
-        if size not in self.costs:
-            self.costs[size] = StepCost()
-        return self.costs[size]
+        return self.costs[max(rows, 1).bit_length()]
 
     def lengths(self, slots: np.ndarray, most: np.ndarray | None = None) -> np.ndarray:
         """Drafts to propose for these slots [n] → int32 [n], 0..width, and up to `most` [n] where it is given

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,7 @@ class Runner:
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
         drafter = None if getattr(self.drafter, "asleep", False) else self.drafter
         if drafter is None and self._steady is not None and (download := self._steady(plan)) is not None:
-            timings = clock.done(getattr(download, "timings", {}))
+            timings = clock.done(getattr(download, "timings", None))
             return Pending(plan, download=download, acks=acks, timings=timings, settle=self.settle)
         step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
@@ -386,8 +385,8 @@ class _Clock:
         now = perf_counter()
         self._laps[name], self._last = now - self._last, now
 
-    def done(self, laps: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
-        return {**self._laps, **laps, "total": perf_counter() - self.started}
+    def done(self, laps: Mapping[str, float] | None = None) -> dict[str, float]:
+        return {**self._laps, **(laps or {}), "total": perf_counter() - self.started}
 
 
 def _attempt(job: Job, work: Callable[[], Any]) -> tuple[Ack, Any]:

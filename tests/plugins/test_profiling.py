@@ -280,7 +280,7 @@ def test_the_picture_is_one_file_that_loads_nothing(command):
     charts = [ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>") for part in page.split("<svg")[1:]]
     assert len(charts) == 4
     boxes = [float(box.get("width")) for box in charts[1].iter("rect")]
-    assert max(boxes) == 1400 and any("layers.0.attention" in (title.text or "") for title in charts[1].iter("title"))
+    assert max(boxes) == 1400 and any("forward" in (title.text or "") for title in charts[1].iter("title"))
 
 
 @pytest.mark.parametrize(
