@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_BYTES = 8  # per token and head of an FP8 cache
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """A step: the batch, and its work for each number of query heads per KV head."""
+    """A step: the batch, and its work for each number of query heads per KV head, listed when a layer first asks for it."""
 
-    batch: AttentionBatch
-    work: Mapping[int, Work]
+    def __init__(self, batch: AttentionBatch, make_work: Callable[[AttentionBatch], Mapping[int, Work]]) -> None:
+        self.batch, self._make_work = batch, make_work
+        self._work: Mapping[int, Work] | None = None
+
+    @property
+    def work(self) -> Mapping[int, Work]:
+        if self._work is None:
+            self._work = self._make_work(self.batch)
+        return self._work
+
+    def of(self, batch: AttentionBatch) -> Plan:
+        """The plan of the same layers for another batch."""
+        return Plan(batch, self._make_work)
 
 
 class CudaAttention:
@@ -57,6 +67,9 @@ class CudaAttention:
         return Cache(k, v, torch.zeros(*shape, 2, device=self.device) if self.fp8 else None)
 
     def plan(self, batch: AttentionBatch, specs: Sequence[AttentionSpec]) -> Plan:
+        return Plan(batch, partial(self._work, specs))
+
+    def _work(self, specs: Sequence[AttentionSpec], batch: AttentionBatch) -> Mapping[int, Work]:
         work: dict[int, Work] = {}
         for spec in specs:
             group = spec.num_heads // spec.num_kv_heads
@@ -66,7 +79,7 @@ class CudaAttention:
                     batch.q_start, batch.kv_len, batch.max_q, batch.max_kv, batch.slot_mapping.shape[0], group, spec.window,
                     row_bytes, self.wide,
                 )  # fmt: skip
-        return Plan(batch, work)
+        return work
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None

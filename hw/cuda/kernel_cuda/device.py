@@ -13,6 +13,8 @@ import torch
 from kernel_core.api import Allocation, Capabilities
 from kernel_core.nn.api import MemoryReport, Sampler
 from kernel_cuda import CudaSection, trial
+from kernel_cuda.capture import Capture
+from kernel_cuda.forward import ForwardGraphs
 from kernel_cuda.kernels import sampling
 from kernel_cuda.steady import SteadySteps
 
@@ -32,6 +34,7 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)
         torch.backends.cuda.matmul.allow_tf32 = False
         self._section = section
+        self._capture: Capture | None = None
 
     def capabilities(self) -> Capabilities:
         major, _ = torch.cuda.get_device_capability(self.torch_device)
@@ -75,7 +78,12 @@ class CudaDevice:
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw)}
         if self._section.graphs:
-            parts["steady"] = partial(SteadySteps, most_rows=self._section.graph_rows)
+            if self._capture is None:
+                self._capture = Capture(self.torch_device)
+            rows, record = self._section.graph_rows, self._capture
+            parts["steady"] = partial(SteadySteps, most_rows=rows, record=record)
+            if self._section.model_graphs:
+                parts["graphs"] = lambda module, *others: ForwardGraphs(module, record, rows)
         return parts
 
     def synchronize(self) -> None:

@@ -19,31 +19,21 @@ from torch import Tensor
 
 from kernel_core.api import PROMPT_LOGPROBS, StepPlan
 from kernel_core.nn.api import AttentionBatch, Forward
+from kernel_cuda.capture import LENGTHS, Record, fill, sizes_up_to
 from kernel_cuda.kernels import sampling, steps
 
 logger = logging.getLogger("kernel_cuda")
-
-LENGTHS = (8192, 65536)  # KV lengths that have graphs of their own, beside the longest
-SMALL = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
-STRIDE = 32  # between larger numbers of rows
-
-
-def sizes_up_to(most: int) -> list[int]:
-    """The numbers of rows that have graphs."""
-    return [*(n for n in SMALL if n < most), *range(SMALL[-1] + STRIDE, most, STRIDE), most]
 
 
 class SteadySteps:
     """The runner part "steady"."""
 
-    def __init__(self, runner: Any, most_rows: int, record: Callable[..., Any] | None = None) -> None:
-        self.runner, self.slots, self._record = runner, runner.slots, record
-        self.device = runner.device
-        if record is None:
-            self._record = partial(Graph, pool=torch.cuda.graph_pool_handle())  # one for all: no two of them run at once
+    def __init__(self, runner: Any, most_rows: int, record: Record) -> None:
+        self.runner, self.slots, self.device = runner, runner.slots, runner.device
+        self._record = record
         self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
         self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
-        self._graphs: dict[tuple[int, int, str], Any] = {}
+        self._graphs: dict[tuple[int, int, str], Graph] = {}
         self._usable = runner.drafter is None and not runner.step_inputs and bool(runner.kv.groups)
 
     def __call__(self, plan: StepPlan) -> Report | None:
@@ -78,13 +68,12 @@ class SteadySteps:
         filters = (host["min_p"][rows] > 0) | (host["top_k"][rows] > 0) | (host["top_p"][rows] < 1)
         return "filtered" if (filters & random).any() else "random"
 
-    def _capture(self, size: int, length: int, draws: str) -> Any:
+    def _capture(self, size: int, length: int, draws: str) -> Graph | None:
         """None: this model cannot be captured, and no further step is tried."""
         began = perf_counter()
         try:
-            graph = self._record(
-                lambda rows, q_start: self._step(rows, q_start, length, draws), size, self.slots.padding, self.device
-            )
+            step = partial(self._step, length=length, draws=draws)
+            graph = Graph(step, size, self.slots.padding, self.device, self._record)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -117,30 +106,22 @@ class Graph:
     """A captured step of `size` rows. Rows beyond those of a plan name the slot `padding`, which no step changes."""
 
     def __init__(
-        self, step: Callable[[Tensor, Tensor], Tensor], size: int, padding: int, device: torch.device, pool: Any
+        self, step: Callable[[Tensor, Tensor], Tensor], size: int, padding: int, device: torch.device, record: Record
     ) -> None:
         self.size, self.padding = size, padding
         self.rows = torch.full((size,), padding, dtype=torch.int64, device=device)
-        q_start = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self._q_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._shown: np.ndarray | None = None
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            step(self.rows, q_start)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._report = step(self.rows, q_start)
-        self._q_start = q_start
+        self._replay, self._report = record(lambda: step(self.rows, self._q_start))
 
     def replay(self, slots: np.ndarray) -> Report:
         """Run the step for these slots (host, at most `size`). Rate: step."""
         if self._shown is None or not np.array_equal(self._shown, slots):
             padded = np.full(self.size, self.padding, np.int64)
             padded[: len(slots)] = slots
-            self.rows.copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            fill(self.rows, padded)
             self._shown = np.array(slots)
-        self._graph.replay()
+        self._replay()
         return Report(self._report, len(slots))
 
 
@@ -149,13 +130,15 @@ class Report:
 
     def __init__(self, report: Tensor, rows: int) -> None:
         self._rows = rows
-        self._host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+        self._host = torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
         self._host.copy_(report, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        self._arrived = torch.cuda.Event() if report.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Wait for it: "tokens" [R, 1], "numbers" [5, R], "bad" bool [R]."""
-        self._arrived.synchronize()
+        if self._arrived is not None:
+            self._arrived.synchronize()
         report = self._host.numpy()[:, : self._rows]
         return {"tokens": report[0][:, None], "numbers": report[1:6], "bad": report[6] != 0}

@@ -110,13 +110,17 @@ def test_an_fp8_cache_is_near(checkpoint):
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("asked", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8}], ids=["greedy", "filtered"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 2}],
+    ids=["greedy", "filtered", "penalised"],
+)
 def test_a_steady_step_never_waits(asked, graphs):
     """CUDA raises where the host would wait for the device, but for reading a result when it is asked for."""
     options = dict(dtype="bfloat16", max_model_len=256, plugins={"cuda": {"graphs": graphs}})
     with Engine(model="tiny-chat", device="cuda", **options) as engine:
         assert engine.core.loop.depth == 2
-        params = SamplingParams(**asked, max_tokens=60, ignore_eos=True)
+        params = engine.intake.params(**asked, max_tokens=60, ignore_eos=True)
         for number in range(3):
             engine.add_request(str(number), "Hello there", params)
         for _ in range(8):

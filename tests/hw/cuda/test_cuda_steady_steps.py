@@ -1,35 +1,19 @@
-"""Whole decode steps on the device give what the runner's ordinary steps give. Without a GPU the kernels are interpreted and the
-steps run unrecorded."""
+"""Whole decode steps as graphs give what the runner's ordinary steps give: the kernels interpreted, the graphs emulated."""
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from kernel_core import Engine, SamplingParams
 
 pytest.importorskip("triton")
+import emulated_device
+from graph_emulator import Emulator
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_device.py runs real graphs")
 
 QUICK = dict(dtype="float32", max_model_len=96, max_requests=5)
-
-
-class Unrecorded:
-    """A step run again and again as it is written, in the place of a captured graph."""
-
-    def __init__(self, step, size, padding, device):
-        self.step, self.size, self.padding = step, size, padding
-        self.q_start = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.step(torch.full((size,), padding, device=device), self.q_start)  # as recording does: nothing may change
-
-    def replay(self, slots):
-        rows = np.full(self.size, self.padding)
-        rows[: len(slots)] = slots
-        self.report = self.step(torch.from_numpy(rows), self.q_start).numpy()[:, : len(slots)]
-        return self
-
-    def arrays(self):
-        return {"tokens": self.report[0][:, None], "numbers": self.report[1:6], "bad": self.report[6] != 0}
 
 
 @pytest.fixture
@@ -41,6 +25,7 @@ def answers(byte_model, monkeypatch):
 
         counted = []
         if steady:
+            emulated_device.use(monkeypatch)
             monkeypatch.setattr(CpuDevice, "runner_parts", lambda device: {"steady": partial(counting, counted)})
         with Engine(model=str(byte_model), device="cpu", **QUICK, **options) as engine:
             return run_all(engine, requests), counted
@@ -51,7 +36,7 @@ def answers(byte_model, monkeypatch):
 def counting(counted, runner):
     from kernel_cuda.steady import SteadySteps
 
-    steps = SteadySteps(runner, most_rows=8, record=Unrecorded)
+    steps = SteadySteps(runner, most_rows=8, record=Emulator())
 
     def step(plan):
         done = steps(plan)
@@ -101,7 +86,7 @@ def test_window_groups_and_small_pools(answers):
 
 
 def test_sizes_cover_every_number_of_rows():
-    from kernel_cuda.steady import sizes_up_to
+    from kernel_cuda.capture import sizes_up_to
 
     for most in (1, 3, 16, 100, 128, 129, 300, 512):
         sizes = sizes_up_to(most)

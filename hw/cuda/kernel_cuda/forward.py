@@ -1,0 +1,194 @@
+"""The model of a small step as a CUDA graph, whatever its requests ask for: the runner part "graphs".
+
+`steady` does whole steps, of requests that need nothing but a draw. In any other step of few tokens, where drafts are verified,
+logits transformed or logprobs told, the model is nearly all of what the host has to launch; here it is one graph, and so is each
+pass of a drafter's layers. Inputs are copied to where the graph reads them. What they lack up to its sizes are tokens of rows
+that nobody has: they read the null block, and nothing of theirs is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from kernel_core.nn.api import AttentionBatch, Forward
+from kernel_cuda.attention import Plan
+from kernel_cuda.capture import LENGTHS, Record, sizes_up_to
+
+logger = logging.getLogger("kernel_cuda")
+
+WIDEST = 16  # tokens of a row, at most: more is a prompt
+MOST_GRAPHS = 64
+SIGHTINGS = 2  # steps of a shape before it is captured
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What graphs of a module differ in. `width`: most tokens of a row; `others`: shapes beyond the tokens, and dtypes."""
+
+    tokens: int
+    rows: int
+    width: int
+    length: int
+    tapped: bool
+    trees: tuple[tuple[bool, bool], ...]  # per group: is there a tree, are there positions
+    others: tuple[Any, ...]
+
+
+class ForwardGraphs:
+    """Callable as the module is. `most_tokens`: of a step that is captured."""
+
+    def __init__(self, module: nn.Module, record: Record, most_tokens: int, sightings: int = SIGHTINGS) -> None:
+        self.module, self._record, self._sightings = module, record, sightings
+        self.sizes = sizes_up_to(most_tokens)
+        self.graphs: dict[Shape, ForwardGraph] = {}
+        self._seen: Counter[Shape] = Counter()
+        self._usable = True
+
+    def __call__(self, fwd: Forward, *others: Tensor) -> Any:
+        """The module's results, the caller's own. Rate: step."""
+        plans = _plans(fwd, others, self.sizes[-1]) if self._usable else None
+        if not plans:
+            return self.module(fwd, *others)
+        shape = self._shape(fwd, plans, others)
+        graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)
+        return self.module(fwd, *others) if graph is None else graph.run(fwd, [plan.batch for plan in plans], others)
+
+    def _shape(self, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> Shape:
+        batches = [plan.batch for plan in plans]
+        width = 1 << (max(batch.max_q for batch in batches) - 1).bit_length()
+        tokens = self._up(len(fwd.token_ids))
+        filling = tokens - len(fwd.token_ids)
+        rows = self._up(len(batches[0].kv_len) + -(-filling // width))
+        longest = max(batch.max_kv for batch in batches)
+        length = next((length for length in LENGTHS if length >= longest), 1 << (longest - 1).bit_length())
+        trees = tuple((batch.tree is not None, batch.positions is not None) for batch in batches)
+        return Shape(tokens, rows, width, length, fwd.tapped, trees, tuple((x.shape[1:], x.dtype) for x in others))
+
+    def _up(self, number: int) -> int:
+        return next(size for size in self.sizes if size >= number)
+
+    def _made(self, shape: Shape, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> ForwardGraph | None:
+        self._seen[shape] += 1
+        if self._seen[shape] < self._sightings or len(self.graphs) == MOST_GRAPHS:
+            return None
+        began = perf_counter()
+        try:
+            graph = ForwardGraph(self.module, shape, fwd, plans, others, self._record)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._usable = False
+            logger.warning("%s runs without CUDA graphs: capturing it failed (%s)", type(self.module).__name__, error)
+            return None
+        logger.info("a graph of the model for %d tokens of %d rows: %.2f s", shape.tokens, shape.rows, perf_counter() - began)
+        self.graphs[shape] = graph
+        return graph
+
+
+def _plans(fwd: Forward, others: Sequence[Tensor], most: int) -> list[Plan] | None:
+    """The attention plans of a step that can be captured, one a group."""
+    tokens = len(fwd.token_ids)
+    if not 0 < tokens <= most or fwd.inputs or fwd.embeds is not None or fwd.positions.dim() != 1:
+        return None
+    plans = list({id(plan): plan for plan in fwd.attention.values()}.values())
+    if not all(isinstance(plan, Plan) and len(plan.batch.slot_mapping) == tokens for plan in plans):
+        return None
+    fits = all(plan.batch.max_q <= WIDEST for plan in plans) and all(len(other) == tokens for other in others)
+    return plans if fits else None
+
+
+class ForwardGraph:
+    """A captured run of a module, and the tensors that it reads."""
+
+    def __init__(
+        self, module: nn.Module, shape: Shape, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor], record: Record
+    ) -> None:
+        self.shape = shape
+        self._batches = [_Batch(shape, plan.batch) for plan in plans]
+        self._ids, self._positions = (x.new_zeros(shape.tokens) for x in (fwd.token_ids, fwd.positions))
+        self._others = [x.new_zeros(shape.tokens, *x.shape[1:]) for x in others]
+        self._filled = (-1, -1)
+        group = {id(plan): number for number, plan in enumerate(plans)}
+        groups = {layer: group[id(plan)] for layer, plan in fwd.attention.items()}
+        self._fit(0, 0)
+
+        def step() -> tuple[Any, dict[str, Tensor]]:
+            own = [plan.of(batch.batch) for plan, batch in zip(plans, self._batches, strict=True)]
+            attention = {layer: own[number] for layer, number in groups.items()}
+            mine = Forward(self._ids, self._positions, fwd.kv, attention, tapped=shape.tapped)
+            return module(mine, *self._others), mine.taps
+
+        self._replay, (self._results, self._taps) = record(step)
+        if any(len(x) != shape.tokens for x in tree_leaves((self._results, self._taps))):
+            raise RuntimeError("its results are not one for each token")
+
+    def run(self, fwd: Forward, batches: Sequence[AttentionBatch], others: Sequence[Tensor]) -> Any:
+        """Load the inputs and replay → results; taps are put into `fwd`."""
+        tokens = len(fwd.token_ids)
+        self._fit(len(batches[0].kv_len), tokens)
+        self._ids[:tokens].copy_(fwd.token_ids)
+        self._positions[:tokens].copy_(fwd.positions)
+        for mine, other in zip(self._others, others, strict=True):
+            mine[:tokens].copy_(other)
+        for mine, batch in zip(self._batches, batches, strict=True):
+            mine.load(batch)
+        self._replay()
+        fwd.taps.update({name: state[:tokens].clone() for name, state in self._taps.items()})
+        return tree_map(lambda x: x[:tokens].clone(), self._results)
+
+    def _fit(self, rows: int, tokens: int) -> None:
+        """Make the rest neutral, where it is another rest than last time."""
+        if self._filled == (rows, tokens):
+            return
+        self._filled = rows, tokens
+        for rest in (self._ids, self._positions, *self._others):
+            rest[tokens:].zero_()
+        for batch in self._batches:
+            batch.fit(rows, tokens)
+
+
+class _Batch:
+    """A group's part of the inputs."""
+
+    def __init__(self, shape: Shape, like: AttentionBatch) -> None:
+        tokens, rows, width = shape.tokens, shape.rows, shape.width
+        table = like.block_table.new_zeros(rows, -(-shape.length // like.block_size))
+        tree = None if like.tree is None else like.tree.new_ones(tokens, width)
+        positions = None if like.positions is None else like.positions.new_zeros(tokens)
+        q_start, kv_len = like.q_start.new_zeros(rows + 1), like.kv_len.new_zeros(rows)
+        slots = like.slot_mapping.new_full((tokens,), -1)
+        self.batch = AttentionBatch(q_start, kv_len, table, slots, like.block_size, width, shape.length, tree, positions)
+        self._ramp = torch.arange(rows + 1, dtype=q_start.dtype, device=q_start.device) * width
+        self._tokens = tokens
+
+    def fit(self, rows: int, tokens: int) -> None:
+        """The tokens beyond those of the step belong to further rows, as many to each as it may have."""
+        mine = self.batch
+        torch.clamp(self._ramp[: len(self._ramp) - rows] + tokens, max=self._tokens, out=mine.q_start[rows:])
+        torch.sub(mine.q_start[rows + 1 :], mine.q_start[rows:-1], out=mine.kv_len[rows:])
+        mine.block_table[rows:].zero_()
+        mine.slot_mapping[tokens:].fill_(-1)
+        if mine.tree is not None:
+            mine.tree[tokens:].fill_(True)
+        if mine.positions is not None:
+            mine.positions[tokens:].zero_()
+
+    def load(self, batch: AttentionBatch) -> None:
+        mine, rows, tokens = self.batch, len(batch.kv_len), len(batch.slot_mapping)
+        mine.q_start[: rows + 1].copy_(batch.q_start)
+        mine.kv_len[:rows].copy_(batch.kv_len)
+        mine.block_table[:rows, : batch.block_table.shape[1]].copy_(batch.block_table)
+        mine.slot_mapping[:tokens].copy_(batch.slot_mapping)
+        if batch.tree is not None:
+            mine.tree[:tokens, : batch.tree.shape[1]].copy_(batch.tree)
+        if batch.positions is not None:
+            mine.positions[:tokens].copy_(batch.positions)
