@@ -1,0 +1,72 @@
+"""Steps of all shapes through one graph: what it gives, and all that it leaves in the cache, is what the module itself does."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+import emulated_device
+
+from kernel_core.nn.api import AttentionBatch, AttentionSpec, Forward
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_device.py runs real graphs")
+SPEC = AttentionSpec("a", 4, 2, 16, 16, 0.25, "full", None)
+BLOCK, BLOCKS, ROWS = 16, 9, 4
+
+
+class Layer(nn.Module):
+    """Attention of what token ids and positions are turned into, beside a tensor that the caller gives."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        draw = torch.Generator().manual_seed(0)
+        self.table = torch.randn(50, 8, 16, generator=draw)
+
+    def forward(self, fwd, states):
+        q, k, v = (self.table[fwd.token_ids] + self.table[fwd.positions % 50]).split([4, 2, 2], 1)
+        fwd.taps["q"] = q * 2
+        return self.backend.forward(q.contiguous(), k, v, fwd.kv["a"], fwd.attention["a"], SPEC, None) + states
+
+
+def steps(tree):
+    """Forward, states; row r has blocks of its own, 1 + 2r and 2 + 2r, and grows from step to step, or falls back."""
+    draw = torch.Generator().manual_seed(1)
+    some = lambda low, high: int(torch.randint(low, high, (), generator=draw))  # noqa: E731
+    for number in range(10):
+        rows = torch.randperm(ROWS, generator=draw)[: 1 + number % ROWS]
+        q = torch.tensor([some(1, 4) for _ in rows])
+        start = torch.tensor([some(0, 2 * BLOCK - 4) for _ in rows])
+        row = torch.arange(len(rows)).repeat_interleave(q)
+        q_start = torch.cat([torch.zeros(1, dtype=torch.int64), q.cumsum(0)])
+        place = start[row] + torch.arange(int(q.sum())) - q_start[row]
+        table = (1 + 2 * rows[:, None] + torch.arange(2)).int()
+        slots = table[row, place // BLOCK].long() * BLOCK + place % BLOCK
+        width = int(q.max())
+        sees = torch.ones(len(row), width).tril(-1).bool() | (torch.arange(width) == (place - start[row])[:, None])
+        sees &= torch.arange(width) <= (place - start[row])[:, None]
+        given = (sees, place) if tree else (None, None)
+        batch = AttentionBatch(q_start.int(), (start + q).int(), table, slots, BLOCK, width, 2 * BLOCK, *given)
+        ids = torch.randint(0, 50, (len(row),), generator=draw)
+        yield ids, place, batch, torch.randn(len(row), 4, 16, generator=draw)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["causal", "tree"])
+@pytest.mark.parametrize("name", ["TensorAttention", pytest.param("CudaAttention", marks=pytest.mark.slow)])
+@torch.inference_mode()
+def test_a_graph_does_what_the_module_does(monkeypatch, name, tree):
+    monkeypatch.setattr("kernel_cuda.kernels.attention.processors", lambda device: 1)
+    monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (32, 128))
+    backend = getattr(emulated_device, name)(torch.device("cpu"), torch.float32)
+    layer = Layer(backend)
+    graphs = emulated_device.Counting(layer, emulated_device.Emulator(), 16, 1)
+    graphs.sizes = [16]  # one size, so that every step leaves another rest
+    plain, other = (backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS) for _ in range(2))
+    for ids, place, batch, states in steps(tree):
+        one, two = (Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])}) for kv in (plain, other))
+        expected, got = layer(one, states), graphs(two, states)
+        assert torch.allclose(got, expected, atol=1e-5)
+        assert torch.equal(two.taps["q"], one.taps["q"])
+        for kept, mine in ((plain.k, other.k), (plain.v, other.v)):
+            assert torch.equal(kept[1:], mine[1:])  # the null block is anybody's
+    assert graphs.ran == 10 and graphs._record.graphs <= 3
