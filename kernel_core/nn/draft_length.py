@@ -42,7 +42,7 @@ class Mean:
         if self.count <= FIRST:
             self.value = min(value, self.value) if self.count > 1 else value
         else:
-            self.value += RENEW * (min(value, 4 * self.value) - self.value)
+            self.value += max(RENEW, 1 / (self.count - FIRST + 1)) * (min(value, 4 * self.value) - self.value)
 
 
 class StepCost:
@@ -140,8 +140,9 @@ class DraftLength:
 
     def _owe(self, outcome: DraftOutcome, cost: StepCost) -> None:
         rows, without, (fixed, each) = len(outcome.slots), cost.without.value, cost.line()
-        most = 4 * (fixed + each * (int(outcome.drafted.sum()) + outcome.proposed))  # more was a disturbance
-        lost = min(outcome.seconds, most) - without if outcome.decode_only else min(outcome.own, most)
+        drafts = int(outcome.drafted.sum()) + outcome.proposed
+        lost = outcome.seconds - without if outcome.decode_only and drafts else outcome.own
+        lost = min(lost, 4 * (fixed + each * drafts))  # more was a disturbance
         self._debt = max(self._debt + lost - without * int(outcome.accepted.sum()) / rows, 0.0)
         if self._debt > LIMIT * without and not self._sleeping:
             self._sleeping = True

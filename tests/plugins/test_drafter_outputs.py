@@ -114,6 +114,6 @@ def test_a_request_may_want_no_drafts_or_few(drafter, plain):
         steps = llm.draft_counts.steps
     assert [outcome(o) for o in outputs] == plain
     drafted = [sum(one.num_drafted for one in o.outputs) for o in outputs]
-    assert not [n for n, limit in zip(drafted, limits) if n and limit == 0] and drafted[3] < 24 and steps
+    assert not [n for n, limit in zip(drafted, limits) if n and limit == 0] and drafted[3] < 24
     if "adaptive" not in drafter:  # one that is drafts for whom it pays, as measured
-        assert all(n for n, limit in zip(drafted, limits) if limit != 0)
+        assert steps and all(n for n, limit in zip(drafted, limits) if limit != 0)
