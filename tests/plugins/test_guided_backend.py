@@ -71,7 +71,7 @@ UNLIKE = {
 
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_that_is_taken_is_honoured(name):
-    assert ended("llguidance", KEYWORDS[name], 12)
+    assert ended("llguidance", KEYWORDS[name], 8)
 
 
 @needs_xgrammar
@@ -81,7 +81,7 @@ def test_every_keyword_is_honoured_or_refused_by_xgrammar(name):
         with pytest.raises(RequestError, match=UNLIKE[name]):
             source("xgrammar", "json_schema", KEYWORDS[name])
     else:
-        assert ended("xgrammar", KEYWORDS[name], 12)
+        assert ended("xgrammar", KEYWORDS[name], 8)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def llm(request):
 @pytest.fixture
 def llguidance(llm):
     if llm.backend != "llguidance":
-        pytest.skip("of llguidance only: xgrammar's own refusals are in test_guided_xgrammar.py")
+        pytest.skip("of llguidance only: the same of xgrammar is in test_guided_xgrammar.py")
     return llm
 
 
@@ -129,10 +129,10 @@ def test_structured_parts_begin_with_a_trigger(llm):
 @pytest.mark.parametrize(
     ("whitespace", "wanted"), [("compact", '{"a":[1,1]}'), ("spaced", '{"a": [1, 1]}'), (None, '{"a": [1, 1]}')]
 )
-def test_whitespace_as_asked(llm, whitespace, wanted):
+def test_whitespace_as_asked(llguidance, whitespace, wanted):
     ones = {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2}
     schema = {"type": "object", "properties": {"a": ones}, "required": ["a"], "additionalProperties": False}
-    (output,) = complete(llm, [{"json": schema, "whitespace": whitespace}])
+    (output,) = complete(llguidance, [{"json": schema, "whitespace": whitespace}])
     assert output.text == wanted
 
 
@@ -170,9 +170,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(llguidance, constraint, says
         llguidance.generate(PROMPT, params(constraint))
 
 
-def test_ignore_eos_is_refused(llm):
+def test_ignore_eos_is_refused(llguidance):
     with pytest.raises(RequestError, match="ignore_eos"):
-        llm.generate(PROMPT, params({"choice": ["a"]}, ignore_eos=True))
+        llguidance.generate(PROMPT, params({"choice": ["a"]}, ignore_eos=True))
 
 
 def test_unguided_requests_beside_guided_ones_are_unchanged(llm):

@@ -48,7 +48,7 @@ def texts(count: int):
 
 def words():
     """Random texts, and such that fit some of the patterns."""
-    yield from texts(150)
+    yield from texts(80)
     yield from ("aab", "aaacc", "é€", "zz", "a1 -b", '"\\\n\x00', "aabb", "cc")
     yield from (
         "ab",
@@ -256,7 +256,7 @@ def test_bytes_that_are_no_utf_8_are_no_character(unit):
 def test_classes_have_their_characters_and_no_others():
     """Random ranges, at their ends and beside them."""
     draw = np.random.default_rng(7)
-    for _ in range(25):
+    for _ in range(12):
         points = sorted({int(2 ** draw.uniform(5, 20)) for _ in range(6)} - set(range(0xD7F0, 0xE010)))
         pairs = [*zip(points[::2], points[1::2])]
         pairs = [(a, b) for a, b in pairs if not a < 0xD800 <= b]
@@ -277,7 +277,7 @@ APART = {
 SAME = [name for name in KEYWORDS if name not in UNLIKE]
 
 
-def both_ways(kind, value, walks=3, most=120) -> int:
+def both_ways(kind, value, walks=2, most=100) -> int:
     """Walks of each back end are followed by the other: it takes every token, and may end where the first may → their tokens."""
     pytest.importorskip("llguidance")
     names, count = tokenizer()[1], 0
@@ -316,7 +316,7 @@ def test_both_back_ends_take_the_same_texts(name):
     ],
 )
 def test_both_back_ends_take_the_same_words(kind, value):
-    assert both_ways(kind, value, most=40) == 6
+    assert both_ways(kind, value, most=40) == 4
 
 
 @pytest.mark.slow
