@@ -16,14 +16,22 @@ DRAFTERS = [
 REFUSED = dict.fromkeys(combinations(DRAFTERS, 2), "the drafter")
 
 
-#: run with the fast tests: pairs in which every feature occurs; the others are slow
-NEIGHBOURS = dict(zip(FEATURES, [*list(FEATURES)[7:], *list(FEATURES)[:7]], strict=True))
+#: run with the fast tests, the others are slow: every feature occurs, but for heads and trees that cost as much again
+FAST = {
+    ("chunked prompts", "eagle3"),
+    ("preemption", "kv_offload"),
+    ("prefix_caching", "draft_model"),
+    ("cache_aware", "n > 1"),
+    ("priority", "abort midway"),
+    ("ngram", "overlapped loop"),
+    ("mlp_speculator", "logprobs"),
+    ("worker_process", "guided_decoding"),
+}
 
 
 def marked(one: str, other: str) -> object:
-    fast = other == NEIGHBOURS[one] and not {"mlp_speculator tree", "eagle"} & {one, other}
     name = f"{one} + {other}" if one != other else one
-    return pytest.param(one, other, id=name, marks=() if fast else pytest.mark.slow)
+    return pytest.param(one, other, id=name, marks=() if (one, other) in FAST else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("one", "other"), [marked(*pair) for pair in pairs()])
