@@ -51,7 +51,7 @@ class ForwardGraphs:
         self.sizes = sizes_up_to(most_tokens)
         self.graphs: dict[Shape, ForwardGraph] = {}
         self._seen: Counter[Shape] = Counter()
-        self._usable = True
+        self._usable, self._full = True, False
 
     def __call__(self, fwd: Forward, *others: Tensor) -> Any:
         """The module's results, the caller's own. Rate: step."""
@@ -78,13 +78,15 @@ class ForwardGraphs:
 
     def _made(self, shape: Shape, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> ForwardGraph | None:
         self._seen[shape] += 1
-        if self._seen[shape] < self._sightings or len(self.graphs) == MOST_GRAPHS:
+        if self._seen[shape] < self._sightings or self._full or len(self.graphs) == MOST_GRAPHS:
             return None
         began = perf_counter()
         try:
             graph = ForwardGraph(self.module, shape, fwd, plans, others, self._record)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            self._full = True
+            logger.warning("no memory for more graphs of %s: %s", type(self.module).__name__, error)
+            return None
         except RuntimeError as error:
             self._usable = False
             logger.warning("%s runs without CUDA graphs: capturing it failed (%s)", type(self.module).__name__, error)
@@ -128,7 +130,8 @@ class ForwardGraph:
             return module(mine, *self._others), mine.taps
 
         self._replay, (self._results, self._taps) = record(step)
-        if any(len(x) != shape.tokens for x in tree_leaves((self._results, self._taps))):
+        results = tree_leaves((self._results, self._taps))
+        if not all(isinstance(x, Tensor) and x.shape[:1] == (shape.tokens,) for x in results):
             raise RuntimeError("its results are not one for each token")
 
     def run(self, fwd: Forward, batches: Sequence[AttentionBatch], others: Sequence[Tensor]) -> Any:

@@ -70,3 +70,20 @@ def test_a_graph_does_what_the_module_does(monkeypatch, name, tree):
         for kept, mine in ((plain.k, other.k), (plain.v, other.v)):
             assert torch.equal(kept[1:], mine[1:])  # the null block is anybody's
     assert graphs.ran == 10 and graphs._record.graphs <= 3
+
+
+@torch.inference_mode()
+def test_without_memory_for_a_graph_the_step_runs_as_it_is(caplog):
+    asked = []
+
+    def record(step):
+        asked.append(step)
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    backend = emulated_device.TensorAttention(torch.device("cpu"), torch.float32)
+    layer, kv = Layer(backend), backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS)
+    graphs = emulated_device.ForwardGraphs(layer, record, 16, 1)
+    for ids, place, batch, states in steps(False):
+        fwd = Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])})
+        assert torch.equal(graphs(fwd, states), layer(fwd, states))
+    assert len(asked) == 1 and "no memory for more graphs of Layer" in caplog.text
