@@ -166,7 +166,12 @@ def parameters(features: list[Feature], index: int) -> dict[str, Any]:
     return given
 
 
-def run(features: list[Feature], device: str) -> Run:
+def run(features: list[Feature], device: str) -> dict[str, RequestOutput]:
+    """The finished outputs of the workload."""
+    return observed(features, device).outputs
+
+
+def observed(features: list[Feature], device: str) -> Run:
     """The workload, some requests added while others run."""
     seen = Run()
     abort = any(feature.abort for feature in features)
@@ -246,7 +251,7 @@ def pairs() -> list[tuple[str, str]]:
 @cache
 def plain(asking: tuple[str, ...], device: str) -> dict[str, RequestOutput]:
     """The plain engine's outputs for the request parameters of these features."""
-    return run([replace(FEATURES[name], keys={}) for name in asking], device).outputs
+    return run([replace(FEATURES[name], keys={}) for name in asking], device)
 
 
 def judge(one: str, other: str, device: str) -> Verdict:
@@ -254,7 +259,7 @@ def judge(one: str, other: str, device: str) -> Verdict:
     features = [FEATURES[name] for name in names]
     asking = tuple(name for name in names if FEATURES[name].params or FEATURES[name].some)
     try:
-        got = run(features, device)
+        got = observed(features, device)
     except (ConfigError, PluginError) as error:
         return Verdict(refused=str(error))
     wrong = differences(plain(asking, device), got.outputs, any(feature.abort for feature in features))
