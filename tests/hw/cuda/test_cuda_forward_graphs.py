@@ -71,7 +71,7 @@ def test_drafts_through_the_interpreted_kernels(byte_model, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngram", "mlp_speculator tree", "eagle3", "eagle3 tree", "draft_model", "guided_decoding"])
 def test_features_of_the_matrix(monkeypatch, name):
-    monkeypatch.setattr("matrix_features.LENGTHS", (8, 6, 8, 7, 12, 5, 5))
+    monkeypatch.setattr("matrix_features.LENGTHS", (16, 12, 24, 14, 16, 14, 8))
     feature = FEATURES[name]
     expected = run_features([feature], "cpu")
     parts = emulated_device.use(monkeypatch)
