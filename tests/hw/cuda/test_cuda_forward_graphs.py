@@ -76,7 +76,7 @@ def test_features_of_the_matrix(monkeypatch, name):
     expected = run_features([feature], "cpu")
     parts = emulated_device.use(monkeypatch)
     assert differences(expected, run_features([feature], "cpu"), False) == []
-    assert all(part.ran > 5 for part in parts)
+    assert all(part.ran > 1 for part in parts)
 
 
 def test_a_shape_is_captured_when_it_comes_again_and_what_cannot_be_is_not(byte_model, monkeypatch, caplog):
