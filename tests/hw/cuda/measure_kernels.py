@@ -1,7 +1,7 @@
 """Each kernel against its floor: bytes over the bandwidth of a large copy, or operations over the rate of a large product,
 both measured in the same run.
 
-    PYTHONPATH=hw/cuda python tests/hw/cuda/kernel_bench.py [--only PARTS] [--json FILE]
+    PYTHONPATH=hw/cuda python tests/hw/cuda/measure_kernels.py [--only PARTS] [--json FILE]
 
 Needs a GPU, torch and triton. Times are medians of replayed CUDA graphs; inputs rotate so that no weight
 or cache is read from L2.
