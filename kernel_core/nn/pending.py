@@ -59,7 +59,7 @@ class Pending:
         tokens, numbers, bad = host["tokens"], host["numbers"], host["bad"]
         count, accepted, drafted, computed, drafts = numbers
         if self.observe is not None:
-            self.observe(self._outcome(drafted, accepted, int(drafts.sum())))
+            self.observe(self._outcome(drafted, accepted, int(drafts.sum()) if self.asked else 0))
         kept = np.arange(tokens.shape[1]) < count[:, None]
         slots = self.plan.rows
         return StepResult(
@@ -79,7 +79,7 @@ class Pending:
 
     def _outcome(self, drafted: np.ndarray, accepted: np.ndarray, proposed: int) -> DraftOutcome:
         plan = self.plan
-        decode_only = bool((plan.q == plan.room).all() and (plan.room > 0).all())
+        decode_only = bool((plan.q == plan.room).all() and plan.room.all())
         seconds = perf_counter() - self.started
         own = self.timings.get("propose", 0.0)
         rows, asked = plan.rows.astype(np.int64), self.asked

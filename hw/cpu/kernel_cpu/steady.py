@@ -79,7 +79,7 @@ class SteadySteps:
             slots = own[np.arange(len(rows)), place // size].astype(np.int64) * size + place % size
             batches.append(AttentionBatch(q_start, lengths, torch.from_numpy(own), torch.from_numpy(slots), size, 1, longest))
         kv = self._runner.kv
-        return Forward(ids, torch.from_numpy(place), kv.kv, kv.plans(batches, self._runner.layers))
+        return Forward(ids, torch.from_numpy(place), kv.kv, kv.plans(batches, self._runner.layers), tapped=False)
 
     def _sample(self, rows: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [R] int64, and whether they are bad."""

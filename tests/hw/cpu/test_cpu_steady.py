@@ -71,13 +71,15 @@ def test_tokens_are_those_of_ordinary_steps(answers, requests, options):
 
 
 def test_a_sleeping_drafter_learns_of_such_steps_and_wakes():
-    with Engine(model="tiny-chat", device="cpu", plugins={"eagle": {"head": "tiny-chat-eagle"}}) as engine:
+    with Engine(model="tiny-chat", device="cpu", plugins={"eagle": {"head": "tiny-chat-eagle3"}}) as engine:
         runner = engine.core.executor._worker.runner
         counted, length = [], runner.drafter.length
         runner._steady = counting(counted, runner)
+        graphs, tapped = runner.graphs, []
+        runner.graphs = lambda fwd: tapped.append(fwd.tapped) or graphs(fwd)
         length._sleeping, length._debt = True, 1e-9
         engine.add_request("0", [5, 6, 7], greedy(max_tokens=4))
         while engine.has_unfinished_requests():
             engine.step()
         assert counted == [1] * len(counted) and len(counted) >= 1
-        assert not length._sleeping
+        assert not length._sleeping and not tapped[1]
