@@ -26,7 +26,7 @@ RENEW = 0.1  # weight of a newer measurement of time
 FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 LIMIT = 8  # of the debt, in steps without the drafter
-SHARE = 0.01  # of the time without the drafter that pays the debt
+SHARE = 0.005  # of the time without the drafter that pays the debt
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 

@@ -27,7 +27,7 @@ from kernel_core import Engine, SamplingParams
 from kernel_core.api import DraftCounts
 
 BATCHES = (1, 8, 32)
-TINY_TIMES = 8  # the embedded model answers within some 20 steps: too few for a length to adapt in, or to be timed
+TINY_TIMES = 48  # the embedded model answers within some 20 steps of a millisecond: too little to be timed
 QUESTIONS = [
     "os.path.join",
     "textwrap.dedent",
