@@ -54,6 +54,7 @@ class StepCost:
         self.plain = Mean()  # seconds without drafts
         self.without = Mean()  # without the drafter: it slept, or its own seconds are taken off
         self.drafting, self.drafts = Mean(), Mean()  # seconds with drafts, and how many
+        self.age = 0  # steps since `without` was weighed, 0: never
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
     def probes(self, on: bool) -> bool:
@@ -67,12 +68,14 @@ class StepCost:
         return True
 
     def add(self, drafts: float, seconds: float, own: float) -> None:
+        self.age += bool(self.age)
         if drafts:
             self.drafting.add(seconds)
             self.drafts.add(drafts)
         else:
             self.plain.add(seconds)
-            self.without.add(seconds - own)
+            if not self.age:
+                self.without.add(seconds - own)
 
     def line(self) -> tuple[float, float]:
         """(c0, c1), neither negative."""
@@ -109,6 +112,15 @@ class DraftLength:
         self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeping
         share = self.overall[0] / self.overall[1]
         self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
+
+    def unweighed(self, rows: int) -> bool:
+        """Is it time to weigh a step of so many rows without the drafter? Rate: step."""
+        return not self._sleeping and (not (cost := self._cost(rows)).age or cost.age > PROBE_AT_LEAST)
+
+    def weighed(self, rows: int, seconds: float) -> None:
+        """What such a step takes: it may be done in another way than one with the drafter in it."""
+        cost = self._cost(rows)
+        cost.without.value, cost.without.count, cost.age = seconds, FIRST, 1
 
     def observe(self, outcome: DraftOutcome) -> None:
         """Learn from a step; see `Drafter.observe`."""

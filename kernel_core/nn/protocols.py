@@ -427,7 +427,8 @@ class Drafter(Protocol):
 
     How many drafts it returns for a row decides how many the next plan makes room for: returning none turns drafting off for
     that row, at no cost, until it returns some again. `kernel_core.nn.api.DraftLength` decides that from what was measured.
-    While an attribute `asleep` is true `propose` is not even called."""
+    While an attribute `asleep` is true `propose` is not even called. An attribute `length`, where there is one, is a
+    `DraftLength` that wants to know what steps without the drafter take (`unweighed`, `weighed`)."""
 
     width: int  # most drafts a row
     taps: tuple[str, ...]

@@ -47,6 +47,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
 }
 logger = logging.getLogger("kernel_core")
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
+WEIGHINGS, WEIGHING_SECONDS = 8, 0.25
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
 
@@ -81,7 +82,7 @@ class Runner:
         self.graphs = parts["graphs"](model)
         self.sampler = parts["sampler"](self.slots, vocab_size, logprobs_mode)
         self.mode, self.drafter, self.jobs = logprobs_mode, drafter, jobs or {}
-        self.transforms = Transforms(transforms, slots, width, vocab_size)
+        self.transforms = Transforms(transforms, slots + 1, width, vocab_size)
         self.step_inputs = _owned(step_inputs)
         self.layers = frozenset(kv.specs) - draft_layers  # the model's own
         self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
@@ -97,6 +98,9 @@ class Runner:
         """Start a step. On a device that runs by itself nothing here waits for it, but for host transforms and drafters.
 
         When the device has no memory for it, its rows are lost, and with them those of the same slots in later plans."""
+        length = getattr(self.drafter, "length", None)
+        if length is not None and len(plan.rows) and length.unweighed(len(plan.rows)):
+            length.weighed(len(plan.rows), self._weigh(len(plan.rows)))
         clock = _Clock()
         acks = self._apply(plan)
         kept = ~self._lost[plan.rows]
@@ -114,15 +118,25 @@ class Runner:
     def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending | None:
         """None: there was no memory for it. Whatever it did to its slots is undone when they are opened again."""
         try:
-            return self._run(plan, acks, clock)
+            return self._run(plan, acks, clock, None if getattr(self.drafter, "asleep", False) else self.drafter)
         except torch.OutOfMemoryError as error:
             logger.warning("no memory for a step of %d rows and %d tokens: %s", len(plan.rows), int(plan.q.sum()), str(error))
             return None
 
-    def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending:
+    def _weigh(self, rows: int) -> float:
+        """Seconds of a plain step without the drafter, by a few steps of the slot that is nobody's."""
+        one, none, seconds = np.ones(rows, np.int32), np.zeros(rows, np.int32), []
+        plan = StepPlan(-1, one * self.slots.padding, none, one, one, none, none)
+        while len(seconds) < WEIGHINGS and sum(seconds) < WEIGHING_SECONDS:
+            clock = _Clock()
+            self._run(plan, (), clock, None).wait()
+            seconds.append(perf_counter() - clock.started)
+            self.slots.known[self.slots.padding], self.slots.computed[self.slots.padding] = 1, 0
+        return min(seconds)
+
+    def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock, drafter: Drafter | None) -> Pending:
         if not len(plan.rows):
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
-        drafter = None if getattr(self.drafter, "asleep", False) else self.drafter
         if drafter is None and self._steady is not None and (download := self._steady(plan)) is not None:
             timings = clock.done(getattr(download, "timings", None))
             return Pending(plan, download=download, acks=acks, timings=timings, settle=self.settle)

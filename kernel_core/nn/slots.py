@@ -40,6 +40,7 @@ class SlotTable:
         self.parents = self.chain.repeat(max_slots, 1)
         self.known[self.padding] = 1
         self.host = {name: np.zeros(max_slots, np.float32 if name in FLOATS else np.int32) for name in SAMPLING}
+        self.host["logprobs"][self.padding] = self.host["prompt_logprobs"][self.padding] = -1
 
     def open(self, opened: Sequence[Opened]) -> None:
         """Fill the slots of new requests. Rate: step, only when there are any."""

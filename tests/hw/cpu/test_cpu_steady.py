@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 from kernel_cpu.device import CpuDevice
 from kernel_cpu.steady import SteadySteps
 
@@ -83,3 +84,18 @@ def test_a_sleeping_drafter_learns_of_such_steps_and_wakes():
             engine.step()
         assert counted == [1] * len(counted) and len(counted) >= 1
         assert not length._sleeping and not tapped[1]
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_weighing_a_step_changes_nothing(answers, byte_model, steady):
+    requests = REQUESTS["random"]
+    expected, _ = answers(requests, steady)
+    with Engine(model=str(byte_model), device="cpu", dtype="float32", max_model_len=96, max_requests=5) as engine:
+        runner = engine.core.executor._worker.runner
+        runner._steady = runner._steady if steady else None
+        submit = runner.submit
+        runner.submit = lambda plan: [runner._weigh(rows) for rows in (1, 3)] and submit(plan)
+        with torch.inference_mode():
+            assert run_all(engine, requests) == expected
+        padding = runner.slots.padding
+        assert (int(runner.slots.known[padding]), int(runner.slots.computed[padding])) == (1, 0)
