@@ -9,8 +9,8 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
     steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
                   `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would
-                  without a drafter, and gives "tokens" [R, 1], "numbers" [5, R] and "bad" [R]; perhaps `timings`, seconds of
-                  its phases
+                  without a drafter (`Runner.is_steady` says which those are), and gives "tokens" [R, 1], "numbers" [5, R] and
+                  "bad" [R]; perhaps `timings`, seconds of its phases
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import Download
 from kernel_core.nn.transforms import MaskRows, Transforms
 from kernel_core.nn.verify import Verified, compaction, verify
-from kernel_core.plan import Ack, Allocation, Job, StepPlan
+from kernel_core.plan import PROMPT_LOGPROBS, Ack, Allocation, Job, StepPlan
 
 PARTS: Mapping[str, Callable[..., Any]] = {
     "block_tables": BlockTables,
@@ -122,6 +122,19 @@ class Runner:
         except torch.OutOfMemoryError as error:
             logger.warning("no memory for a step of %d rows and %d tokens: %s", len(plan.rows), int(plan.q.sum()), str(error))
             return None
+
+    def is_steady(self, plan: StepPlan) -> bool:
+        """Does every row compute one token and gain one, and does nothing of its request need more than the model and a draw?"""
+        rows = np.asarray(plan.rows, np.int64)
+        return bool(
+            (plan.q == 1).all()
+            and (plan.room == 1).all()
+            and (plan.write_from <= plan.start).all()
+            and (self.slots.host["logprobs"][rows] < 0).all()
+            and not (np.asarray(plan.flags) & PROMPT_LOGPROBS).any()
+            and not self.transforms.active(rows, host=True)
+            and not self.transforms.active(rows, host=False)
+        )
 
     def _weigh(self, rows: int) -> float:
         """Seconds of a plain step without the drafter, by a few steps of the slot that is nobody's."""

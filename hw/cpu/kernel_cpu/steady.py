@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_core.api import PROMPT_LOGPROBS, StepPlan
+from kernel_core.api import StepPlan
 from kernel_core.nn.api import AttentionBatch, Forward
 
 
@@ -36,7 +36,7 @@ class SteadySteps:
     """Callable StepPlan → `Finished`, or None: it is not such a step."""
 
     def __init__(self, runner: Any) -> None:
-        self._runner, self._host = runner, runner.slots.host
+        self._runner = runner
         slots, self._last = runner.slots, runner.slots.max_len
         self._tokens, self._known, self._computed = (x.numpy() for x in (slots.tokens, slots.known, slots.computed))
         self._groups = [(group, table.numpy()) for group, table in zip(runner.kv.groups, runner.tables.tables, strict=True)]
@@ -44,9 +44,9 @@ class SteadySteps:
 
     def __call__(self, plan: StepPlan) -> Finished | None:
         """Rate: step."""
-        rows = np.asarray(plan.rows, np.int64)
-        if not self._usable or not self._is_steady(plan, rows):
+        if not self._usable or not self._runner.is_steady(plan):
             return None
+        rows = np.asarray(plan.rows, np.int64)
         began = perf_counter()
         forward = self._forward(rows, self._computed[rows].astype(np.int64))
         filled = perf_counter()
@@ -56,17 +56,6 @@ class SteadySteps:
         self._enter(rows, tokens)
         timings = {"inputs": filled - began, "forward": computed - filled, "sample": perf_counter() - computed}
         return Finished(tokens, bad, self._computed[rows], timings)
-
-    def _is_steady(self, plan: StepPlan, rows: np.ndarray) -> bool:
-        return bool(
-            (plan.q == 1).all()
-            and (plan.room == 1).all()
-            and (plan.write_from <= plan.start).all()
-            and (self._host["logprobs"][rows] < 0).all()
-            and not (np.asarray(plan.flags) & PROMPT_LOGPROBS).any()
-            and not self._runner.transforms.active(rows, host=True)
-            and not self._runner.transforms.active(rows, host=False)
-        )
 
     def _forward(self, rows: np.ndarray, place: np.ndarray) -> Forward:
         """The rows' newest tokens, which stand at `place` [R]."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_core.api import PROMPT_LOGPROBS, StepPlan
+from kernel_core.api import StepPlan
 from kernel_core.nn.api import AttentionBatch, Forward
 from kernel_cuda.capture import LENGTHS, Record, fill, sizes_up_to
 from kernel_cuda.kernels import sampling, steps
@@ -38,7 +38,7 @@ class SteadySteps:
 
     def __call__(self, plan: StepPlan) -> Report | None:
         """Run the step; None: it is not such a step. Rate: step, host."""
-        if not self._usable or len(plan.rows) > self.sizes[-1] or not self._is_steady(plan):
+        if not self._usable or len(plan.rows) > self.sizes[-1] or not self.runner.is_steady(plan):
             return None
         size = next(size for size in self.sizes if size >= len(plan.rows))
         longest = int(np.max(plan.start)) + 1
@@ -46,18 +46,6 @@ class SteadySteps:
         key = (size, length, self._draws(plan.rows))
         graph = self._graphs.get(key) or self._capture(*key)
         return graph.replay(plan.rows) if graph is not None else None
-
-    def _is_steady(self, plan: StepPlan) -> bool:
-        rows, host = np.asarray(plan.rows, np.int64), self.slots.host
-        return bool(
-            (plan.q == 1).all()
-            and (plan.room == 1).all()
-            and (plan.write_from <= plan.start).all()
-            and (host["logprobs"][rows] < 0).all()
-            and not (np.asarray(plan.flags) & PROMPT_LOGPROBS).any()
-            and not self.runner.transforms.active(rows, host=True)
-            and not self.runner.transforms.active(rows, host=False)
-        )
 
     def _draws(self, rows: np.ndarray) -> str:
         """How much the rows ask of sampling: "greedy", "random", or "filtered" by min_p, top_k or top_p."""
