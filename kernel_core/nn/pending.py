@@ -32,7 +32,7 @@ class Pending:
     settle: Callable[[Pending], None] | None = None
     observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
     asked: bool = False  # was the drafter?
-    started: float = 0.0
+    started: float = 0.0  # on the clock of perf_counter
     arrays: dict[str, np.ndarray] | None = None
     whole: tuple[StepPlan, np.ndarray] | None = None
     oversized: bool = False

@@ -466,8 +466,9 @@ class StepProbe(Protocol):
     def begin(self, plan: StepPlan) -> None:
         """A step is about to be submitted. Rate: step."""
 
-    def end(self, plan: StepPlan, timings: Mapping[str, float]) -> None:
-        """It is submitted: host seconds of its phases in order, and "total". Rate: step."""
+    def end(self, plan: StepPlan, started: float, timings: Mapping[str, float]) -> None:
+        """It is submitted. `started`: `perf_counter()` where its first phase began, `timings`: host seconds of its phases,
+        one after the other in this order, and "total". Rate: step."""
 
 
 # ---- device ------------------------------------------------------------------------------------------------------

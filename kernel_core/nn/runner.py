@@ -111,8 +111,9 @@ class Runner:
             pending = Pending(plan.only(kept), acks=acks, timings=clock.done(), settle=self.settle, oversized=True)
         if not kept.all():
             pending.whole = (plan, kept)
+        pending.started = clock.started
         if self.drafter is not None and pending.download is not None:
-            pending.observe, pending.started = self.drafter.observe, clock.started
+            pending.observe = self.drafter.observe
         return pending
 
     def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending | None:

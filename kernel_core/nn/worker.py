@@ -237,7 +237,7 @@ class Worker:
     def _probed(self, plan: StepPlan) -> Pending:
         self._tell_probes(lambda probe: probe.begin(plan))
         pending = self.runner.submit(plan)
-        self._tell_probes(lambda probe: probe.end(plan, pending.timings))
+        self._tell_probes(lambda probe: probe.end(plan, pending.started, pending.timings))
         return pending
 
     def _tell_probes(self, verb: Callable[[StepProbe], None]) -> None:

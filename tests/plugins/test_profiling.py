@@ -103,6 +103,30 @@ def test_modules_are_where_their_phase_is(llm):
     assert "head" in tree.children["sample"].children
 
 
+def test_modules_are_where_their_phase_is_however_late_the_phases_begin(llm):
+    class Late:
+        def begin(self, plan):
+            began = time.perf_counter()
+            while time.perf_counter() - began < 0.02:  # longer than all phases of the step together
+                pass
+
+        def end(self, plan, started, timings): ...
+
+    probes = llm.engine.core.executor._worker._probes
+    start(llm.engine.call, "modules")
+    probes.append(Late())
+    llm.generate([[3] * 12], max_tokens=3, ignore_eos=True)
+    probes.pop()
+    tree = step_tree(stop(llm.engine.call)[0].steps)
+    assert set(tree.children["forward"].children) == {"model"} and "head" in tree.children["sample"].children
+
+
+def test_what_runs_before_the_phases_is_the_steps_own():
+    step = made_up()
+    step.lead = 100.0
+    assert "model" in step_tree([step]).children
+
+
 # ---- off means off
 
 
@@ -129,7 +153,7 @@ def test_a_probe_that_fails_is_taken_out_and_the_engine_goes_on(llm, caplog):
         def begin(self, plan):
             raise ValueError("broken")
 
-        def end(self, plan, timings): ...
+        def end(self, plan, started, timings): ...
 
     llm.engine.core.executor._worker._probes.append(Broken())
     assert len(llm.generate([3, 4, 5], max_tokens=4, ignore_eos=True)[0].outputs[0].token_ids) == 4
@@ -309,7 +333,7 @@ def made_up() -> Step:
     ]
     phases = {"inputs": 20.0, "forward": 70.0, "sample": 10.0}
     operators = [Operator("gemm", 50, 30, 4), Operator("launch", 10, 0, 9)]
-    return Step("decode", 2, 2, 101, 40, phases, spans, operators)
+    return Step("decode", 2, 2, 101, 40, phases=phases, spans=spans, operators=operators)
 
 
 def test_merged_layers_are_one_row_with_all_calls_and_a_device_s_own_time_is_told_apart():

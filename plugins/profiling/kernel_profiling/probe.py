@@ -58,13 +58,14 @@ class ModuleProbe(StepProbe):
             self._start(-1)
             self._began = perf_counter()
 
-    def end(self, plan: StepPlan, timings: Mapping[str, float]) -> None:
+    def end(self, plan: StepPlan, started: float, timings: Mapping[str, float]) -> None:
         step, self._step = self._step, None
         if step is None:
             return
         step.cpu = (perf_counter() - self._began) * MICRO
         self._open.pop()[1].__exit__(None, None, None)
         self._stop(-1)
+        step.lead = (started - self._began) * MICRO
         step.phases = {name: seconds * MICRO for name, seconds in timings.items() if name != "total"}
         self._fill_device(step)
         self._done(step)

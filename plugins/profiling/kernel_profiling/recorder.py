@@ -113,10 +113,10 @@ class Session(StepProbe):
             self._profiler = self._open_profiler()
         self._modules.begin(plan)
 
-    def end(self, plan: StepPlan, timings: Mapping[str, float]) -> None:
+    def end(self, plan: StepPlan, started: float, timings: Mapping[str, float]) -> None:
         if self._modules is None or not len(plan.rows):
             return
-        self._modules.end(plan, timings)
+        self._modules.end(plan, started, timings)
         if self._asked.mode == "operators":
             self._close_step(self.profile.steps[-1])
         self._left -= 1

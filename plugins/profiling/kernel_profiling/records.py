@@ -46,13 +46,15 @@ class Operator:
 
 @dataclass(slots=True)
 class Step:
-    """One step of one rank. `phases`: host microseconds by phase, in order. `trace`: Chrome JSON, empty unless asked for."""
+    """One step of one rank. `phases`: host microseconds by phase, in order, the first begins at `lead`. `trace`: Chrome JSON,
+    empty unless asked for."""
 
     kind: Kind
     rows: int
     tokens: int
     cpu: float = 0.0
     device: float = 0.0
+    lead: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)

@@ -85,8 +85,10 @@ def _add_step(root: Node, step: Step, merge: bool) -> None:
 
 
 def _phase(root: Node, step: Step, moment: float) -> Node:
-    """The phase that a moment of the step lies in."""
-    end, last = 0.0, root
+    """The phase that a moment of the step lies in; the step itself before its first one."""
+    end, last = step.lead, root
+    if moment < end:
+        return root
     for name, micros in step.phases.items():
         end, last = end + micros, root.children[name]
         if moment < end:
