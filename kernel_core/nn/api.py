@@ -12,7 +12,7 @@ from kernel_core.nn.decoder import (
     read_decoder,
     required,
 )
-from kernel_core.nn.draft_length import DraftLength
+from kernel_core.nn.draft_length import DraftLength, DraftOutcome
 from kernel_core.nn.draws import draw, draw_among
 from kernel_core.nn.layers import (
     Attention,
@@ -39,7 +39,6 @@ from kernel_core.nn.protocols import (
     Device,
     DraftBatch,
     Drafter,
-    DraftOutcome,
     DraftPasses,
     DraftView,
     Forward,

@@ -14,10 +14,11 @@ the most that is ever lost. Rows whose tokens its layers missed are never drafte
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 
-from kernel_core.nn.protocols import DraftOutcome
+from kernel_core.plan import Opened
 
 PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
 PROBE_ROWS = 4  # of them draft in such a step
@@ -27,7 +28,22 @@ FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 LIMIT = 8  # of the debt, in steps without the drafter
 SHARE = 0.005  # of the time without the drafter that pays the debt
+GLANCE = 16  # steps of sleep, of which one is timed
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOutcome:
+    """How a step went, when its result has reached the host. Rows as in the plan; `drafted`, `accepted` [R] int32."""
+
+    slots: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
+    decode_only: bool  # every row had exactly one token that is no draft
+    seconds: float  # from the start of the step to its result
+    own: float = 0.0  # of these, host seconds of `propose`
+    proposed: int = 0  # drafts that `propose` returned in this step
+    asked: bool = True  # False: the drafter slept
 
 
 class Mean:
@@ -92,7 +108,7 @@ class DraftLength:
     def __init__(self, width: int, max_slots: int, tree: bool = False, keeps_up: bool = False) -> None:
         self.width, self.tree, self.keeps_up = width, tree, keeps_up
         self._open, self._behind = np.zeros(max_slots, bool), np.zeros(max_slots, bool)
-        self._debt, self._sleeping = 0.0, False
+        self._debt, self._sleeping, self._rested = 0.0, False, 0
         self.accepted, self.drafted = np.zeros(max_slots), np.zeros(max_slots)
         self.overall = np.array(PRIOR)
         self.costs: defaultdict[int, StepCost] = defaultdict(StepCost)
@@ -107,8 +123,9 @@ class DraftLength:
         """The request left the slot."""
         self._open[slot] = self._behind[slot] = False
 
-    def opened(self, slot: int) -> None:
+    def opened(self, opened: Opened) -> None:
         """A request takes the slot: it starts from the average of those before it."""
+        slot = opened.slot
         self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeping
         share = self.overall[0] / self.overall[1]
         self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
@@ -122,11 +139,22 @@ class DraftLength:
         cost = self._cost(rows)
         cost.without.value, cost.without.count, cost.age = seconds, FIRST, 1
 
+    def rest(self, rows: int) -> bool:
+        """A step of so many rows runs without the drafter, as it is asleep. True: `observe` it. Rate: step."""
+        cost, self._rested = self._cost(rows).without, self._rested + 1
+        self._debt = max(self._debt - SHARE * cost.value, 0.0)
+        if self._sleeping and not self._debt:
+            self._sleeping = False
+            for other in self.costs.values():  # measure anew at once
+                other.since = other.interval
+        return not cost.count or self._rested % GLANCE == 0
+
     def observe(self, outcome: DraftOutcome) -> None:
-        """Learn from a step; see `Drafter.observe`."""
+        """Learn from a step. Rate: step, in order of the steps, possibly some steps late."""
         cost = self._cost(len(outcome.slots))
         if not outcome.asked:
-            self._rest(outcome, cost)
+            if outcome.decode_only:
+                cost.without.add(outcome.seconds)
             return
         tried = np.minimum(outcome.accepted + 1, outcome.drafted)  # drafts behind a rejected one were not decided
         drafted = outcome.drafted > 0
@@ -140,15 +168,6 @@ class DraftLength:
             cost.add((int(outcome.drafted.sum()) + outcome.proposed) / 2, outcome.seconds, outcome.own)
         if cost.plain.count >= FIRST:
             self._owe(outcome, cost)
-
-    def _rest(self, outcome: DraftOutcome, cost: StepCost) -> None:
-        if outcome.decode_only:
-            cost.without.add(outcome.seconds)
-        self._debt = max(self._debt - SHARE * outcome.seconds, 0.0)
-        if self._sleeping and not self._debt:
-            self._sleeping = False
-            for other in self.costs.values():  # measure anew at once
-                other.since = other.interval
 
     def _owe(self, outcome: DraftOutcome, cost: StepCost) -> None:
         rows, without, (fixed, each) = len(outcome.slots), cost.without.value, cost.line()

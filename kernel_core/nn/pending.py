@@ -8,9 +8,9 @@ from time import perf_counter
 
 import numpy as np
 
+from kernel_core.nn.draft_length import DraftOutcome
 from kernel_core.nn.inputs import Layout
 from kernel_core.nn.logprobs import LogprobColumns
-from kernel_core.nn.protocols import DraftOutcome
 from kernel_core.nn.transfer import Download
 from kernel_core.plan import Ack, Logprobs, StepPlan, StepResult
 
@@ -30,7 +30,7 @@ class Pending:
     acks: tuple[Ack, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     settle: Callable[[Pending], None] | None = None
-    observe: Callable[[DraftOutcome], None] | None = None  # the drafter's
+    observe: Callable[[DraftOutcome], None] | None = None  # the drafter's length's
     asked: bool = False  # was the drafter?
     started: float = 0.0  # on the clock of perf_counter
     arrays: dict[str, np.ndarray] | None = None

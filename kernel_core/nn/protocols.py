@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kernel_core.config import KernelConfig
 from kernel_core.contexts import BuildContext, ModelInfo
 from kernel_core.manifest import ModelFamily
+from kernel_core.nn.draft_length import DraftLength
 from kernel_core.plan import Allocation, Capabilities, Opened, StepPlan, StepResult, WorkerReport
 
 # ---- attention and KV --------------------------------------------------------------------------------------------
@@ -407,43 +408,26 @@ class DraftPasses(Protocol):
         for the token at draft place `number`, [R] or one for all. So that sampled requests agree with their drafts more often."""
 
 
-@dataclass(frozen=True, slots=True)
-class DraftOutcome:
-    """How a step went, when its result has reached the host. Rows as in the plan; `drafted`, `accepted` [R] int32."""
-
-    slots: np.ndarray
-    drafted: np.ndarray
-    accepted: np.ndarray
-    decode_only: bool  # every row had exactly one token that is no draft
-    seconds: float  # from the start of the step to its result
-    own: float = 0.0  # of these, host seconds of `propose`
-    proposed: int = 0  # drafts that `propose` returned in this step
-    asked: bool = True  # False: the drafter slept
-
-
 @runtime_checkable
 class Drafter(Protocol):
     """Proposes drafts; may change speed, never output. Called on every step, also when nobody wants drafts.
 
     How many drafts it returns for a row decides how many the next plan makes room for: returning none turns drafting off for
-    that row, at no cost, until it returns some again. `kernel_core.nn.api.DraftLength` decides that from what was measured.
-    While an attribute `asleep` is true `propose` is not even called. An attribute `length`, where there is one, is a
-    `DraftLength` that wants to know what steps without the drafter take (`unweighed`, `weighed`)."""
+    that row, at no cost, until it returns some again. `length` decides that from what was measured: the runner tells it of slots
+    and steps, and while it is `asleep` does not even call `propose`."""
 
     width: int  # most drafts a row
     taps: tuple[str, ...]
     lookback: int  # target states needed before the first new token; after a prefix hit that many tokens are computed again
     needs_host: bool
     tree: bool  # False: parents are always the chain's (j - 1)
+    length: DraftLength | None  # None: as many as it likes
 
     def opened(self, opened: Opened) -> None: ...
     def closed(self, slot: int) -> None: ...
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         """→ tokens [R, m] int64 (-1 absent), parent [R, m] int32 (-1: the last token; chain: j - 1; always
         smaller than j), count [R] int32."""
-
-    def observe(self, outcome: DraftOutcome) -> None:
-        """Host. Rate: step, in order of the steps, possibly some steps late."""
 
 
 @runtime_checkable

@@ -98,13 +98,13 @@ class Runner:
         """Start a step. On a device that runs by itself nothing here waits for it, but for host transforms and drafters.
 
         When the device has no memory for it, its rows are lost, and with them those of the same slots in later plans."""
-        length = getattr(self.drafter, "length", None)
-        if length is not None and len(plan.rows) and length.unweighed(len(plan.rows)):
-            length.weighed(len(plan.rows), self._weigh(len(plan.rows)))
+        rows, length = len(plan.rows), self.drafter.length if self.drafter else None
+        if length and rows and length.unweighed(rows):
+            length.weighed(rows, self._weigh(rows))
         clock = _Clock()
         acks = self._apply(plan)
-        kept = ~self._lost[plan.rows]
-        pending = self._attempted(plan if kept.all() else plan.only(kept), acks, clock)
+        kept, asleep = ~self._lost[plan.rows], bool(length and length.asleep)
+        pending = self._attempted(plan if kept.all() else plan.only(kept), acks, clock, None if asleep else self.drafter)
         if pending is None:
             self._lost[plan.rows] = True
             kept[:] = False
@@ -112,14 +112,14 @@ class Runner:
         if not kept.all():
             pending.whole = (plan, kept)
         pending.started = clock.started
-        if self.drafter is not None and pending.download is not None:
-            pending.observe = self.drafter.observe
+        if length and pending.download is not None and (not asleep or length.rest(rows)):
+            pending.observe = length.observe
         return pending
 
-    def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock) -> Pending | None:
+    def _attempted(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock, drafter: Drafter | None) -> Pending | None:
         """None: there was no memory for it. Whatever it did to its slots is undone when they are opened again."""
         try:
-            return self._run(plan, acks, clock, None if getattr(self.drafter, "asleep", False) else self.drafter)
+            return self._run(plan, acks, clock, drafter)
         except torch.OutOfMemoryError as error:
             logger.warning("no memory for a step of %d rows and %d tokens: %s", len(plan.rows), int(plan.q.sum()), str(error))
             return None
@@ -207,7 +207,8 @@ class Runner:
             self.settle(self._unsettled[-1])
 
     def _open_and_close(self, plan: StepPlan) -> None:
-        listeners = [*self.step_inputs, *([self.drafter] if self.drafter else [])]
+        drafter = self.drafter
+        listeners = [*self.step_inputs, *(part for part in (drafter, drafter and drafter.length) if part is not None)]
         self._lost[plan.closed] = False
         for slot in plan.closed.tolist():
             self.transforms.close(slot)

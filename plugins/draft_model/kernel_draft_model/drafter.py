@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_core.api import Opened
-from kernel_core.nn.api import DraftBatch, DraftLength, DraftOutcome, DraftView, Target, WorkerContext, upload
+from kernel_core.nn.api import DraftBatch, DraftLength, DraftView, Target, WorkerContext, upload
 from kernel_draft_model import DraftModelSection
 from kernel_draft_model.vocabulary import translation
 
@@ -32,21 +32,8 @@ class ModelDrafter:
         self._pass = target.graphs(self.model)
         return self.model
 
-    def opened(self, opened: Opened) -> None:
-        if self.length:
-            self.length.opened(opened.slot)
-
-    def closed(self, slot: int) -> None:
-        if self.length:
-            self.length.closed(slot)
-
-    @property
-    def asleep(self) -> bool:
-        return self.length is not None and self.length.asleep
-
-    def observe(self, outcome: DraftOutcome) -> None:
-        if self.length:
-            self.length.observe(outcome)
+    def opened(self, opened: Opened) -> None: ...
+    def closed(self, slot: int) -> None: ...
 
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         lengths, device = self._lengths(view), view.known.device

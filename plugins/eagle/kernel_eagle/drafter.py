@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_core.api import ConfigError, ModelInfo, Opened
-from kernel_core.nn.api import DraftBatch, DraftLength, DraftOutcome, DraftPasses, DraftView, Target, WorkerContext, upload
+from kernel_core.nn.api import DraftBatch, DraftLength, DraftPasses, DraftView, Target, WorkerContext, upload
 from kernel_eagle import EagleSection
 from kernel_eagle.checkpoint import read_head
 from kernel_eagle.heads import FAMILIES, Head
@@ -48,21 +48,8 @@ class EagleDrafter:
         self._pass = target.graphs(head)
         return head
 
-    def opened(self, opened: Opened) -> None:
-        if self.length:
-            self.length.opened(opened.slot)
-
-    def closed(self, slot: int) -> None:
-        if self.length:
-            self.length.closed(slot)
-
-    @property
-    def asleep(self) -> bool:
-        return self.length is not None and self.length.asleep
-
-    def observe(self, outcome: DraftOutcome) -> None:
-        if self.length:
-            self.length.observe(outcome)
+    def opened(self, opened: Opened) -> None: ...
+    def closed(self, slot: int) -> None: ...
 
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         batch, lengths = view.passes.catch_up(1), self._lengths(view)

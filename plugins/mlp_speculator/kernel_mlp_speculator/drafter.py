@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_core.api import ConfigError, Opened
-from kernel_core.nn.api import DraftLength, DraftOutcome, DraftView, Target, upload
+from kernel_core.nn.api import DraftLength, DraftView, Target, upload
 from kernel_mlp_speculator import MLPSpeculatorSection
 from kernel_mlp_speculator.checkpoint import SpeculatorConfig, check_target, read_config
 from kernel_mlp_speculator.module import FAMILY, Stages
@@ -37,21 +37,8 @@ class SpeculatorDrafter:
         self.stages = target.load(info, FAMILY)
         return self.stages
 
-    def opened(self, opened: Opened) -> None:
-        if self.length:
-            self.length.opened(opened.slot)
-
-    def closed(self, slot: int) -> None:
-        if self.length:
-            self.length.closed(slot)
-
-    @property
-    def asleep(self) -> bool:
-        return self.length is not None and self.length.asleep
-
-    def observe(self, outcome: DraftOutcome) -> None:
-        if self.length:
-            self.length.observe(outcome)
+    def opened(self, opened: Opened) -> None: ...
+    def closed(self, slot: int) -> None: ...
 
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         rows, device = len(view.host_slots), view.known.device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernel_core.api import Opened
-from kernel_core.nn.api import DraftLength, DraftOutcome, DraftView, upload
+from kernel_core.nn.api import DraftLength, DraftView, upload
 from kernel_ngram import NgramSection
 from kernel_ngram.lookup import PromptLookup
 from kernel_ngram.suffix import Suffixes
@@ -39,22 +39,9 @@ class NgramDrafter:
         self.needs_host = self.finder.needs_host
         self.length = DraftLength(self.width, max_slots) if section.adaptive else None
 
-    def opened(self, opened: Opened) -> None:
-        if self.length:
-            self.length.opened(opened.slot)
-
+    def opened(self, opened: Opened) -> None: ...
     def closed(self, slot: int) -> None:
         self.finder.closed(slot)
-        if self.length:
-            self.length.closed(slot)
-
-    @property
-    def asleep(self) -> bool:
-        return self.length is not None and self.length.asleep
-
-    def observe(self, outcome: DraftOutcome) -> None:
-        if self.length:
-            self.length.observe(outcome)
 
     def propose(self, view: DraftView) -> tuple[Tensor, Tensor, Tensor]:
         device = view.known.device

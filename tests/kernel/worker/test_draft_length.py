@@ -1,10 +1,11 @@
 """The number of drafts follows what was measured, and drafting never costs more than it brings."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from kernel_core.nn.draft_length import DraftLength
-from kernel_core.nn.protocols import DraftOutcome
+from kernel_core.nn.draft_length import DraftLength, DraftOutcome
 
 WIDTH, STEPS = 5, 1000
 
@@ -15,7 +16,7 @@ def simulate(share, fixed, each, rows, *, tree=False, noise=0.02, seed=0):
     rng = np.random.default_rng(seed)
     length, slots = DraftLength(WIDTH, rows, tree), np.arange(rows)
     for slot in slots:
-        length.opened(slot)
+        length.opened(SimpleNamespace(slot=slot))
     drafts, tokens, seconds, chosen = np.zeros(rows, np.int32), 0, 0.0, []
     for _ in range(STEPS):
         run = (rng.random((rows, WIDTH)) < np.broadcast_to(np.asarray(share), (rows,))[:, None]).cumprod(1).sum(1)
@@ -63,14 +64,15 @@ def serve(share, own, each, steps=3000, life=60, keeps_up=True):
     for step in range(steps):
         if step % life == 0:
             length.closed(0)
-            length.opened(0)
+            length.opened(SimpleNamespace(slot=0))
             drafts = 0
         accepted = min(int((rng.random(WIDTH) < shares[step]).cumprod().sum()), drafts)
         asleep = length.asleep
         proposed = 0 if asleep else int(length.lengths(slots)[0])
         took = 1.0 + each * drafts + (0.0 if asleep else own)
         one = np.array([drafts], np.int32), np.array([accepted], np.int32)
-        length.observe(DraftOutcome(slots, *one, True, took, 0.0 if asleep else own, proposed, not asleep))
+        if not asleep or length.rest(1):
+            length.observe(DraftOutcome(slots, *one, True, took, 0.0 if asleep else own, proposed, not asleep))
         tokens, seconds, slept = tokens + 1 + accepted, seconds + took, slept + asleep
         drafts = proposed
         chosen.append(proposed)
@@ -110,7 +112,7 @@ def test_a_drafter_that_pays_for_itself_does_not_sleep():
 def test_rows_that_layers_missed_are_not_drafted_for():
     length = DraftLength(WIDTH, 4, keeps_up=True)
     for slot in (0, 1):
-        length.opened(slot)
+        length.opened(SimpleNamespace(slot=slot))
     length._behind[0], slots, drafts, total = True, np.array([0, 1]), np.zeros(2, np.int32), 0
     for _ in range(50):
         length.observe(DraftOutcome(slots, drafts, drafts, True, 1.0 + 0.01 * drafts.sum()))
@@ -131,7 +133,7 @@ def test_hopeless_drafts_are_off_and_tried_again():
 def test_no_row_gets_more_than_its_request_wants(tree):
     length, slots, most = DraftLength(WIDTH, 4, tree), np.arange(4), np.array([0, 1, WIDTH, 99])
     for slot in slots:
-        length.opened(slot)
+        length.opened(SimpleNamespace(slot=slot))
     drafts, seen = np.zeros(4, np.int32), []
     for _ in range(300):
         took = 1.0 + 0.01 * drafts.sum()

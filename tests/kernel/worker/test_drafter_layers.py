@@ -16,11 +16,10 @@ NEW = 14
 
 
 class Base:
-    taps, needs_host, lookback = (), False, 0
+    taps, needs_host, lookback, length = (), False, 0, None
 
     def opened(self, opened): ...
     def closed(self, slot): ...
-    def observe(self, outcome): ...
 
 
 def own_paths(module):

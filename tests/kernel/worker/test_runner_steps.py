@@ -214,14 +214,13 @@ class Forbidden(TorchDispatchMode):
 class FixedDrafter:
     """Always drafts the tokens 1, 2, 3: after each other, or side by side."""
 
-    width, taps, lookback, needs_host = 3, (), 1, False
+    width, taps, lookback, needs_host, length = 3, (), 1, False, None
 
     def __init__(self, tree: bool):
         self.tree = tree
 
     def opened(self, opened): ...
     def closed(self, slot): ...
-    def observe(self, outcome): ...
     def propose(self, view):
         rows = len(view.step.rows)
         parents = torch.full((3,), -1) if self.tree else torch.arange(-1, 2)

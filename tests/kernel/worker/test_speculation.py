@@ -16,7 +16,7 @@ class ScriptedDrafter:
     """Knows each request's true continuation and drafts it in a scripted way. `shape`: chain or tree, `truth`: "right",
     "wrong", "half" (right first, wrong later), "absent" (sometimes nothing)."""
 
-    taps, lookback, needs_host = (), 1, False
+    taps, lookback, needs_host, length = (), 1, False, None
 
     def __init__(self, width: int, tree: bool, truth: str):
         self.width, self.tree, self.truth = width, tree, truth
@@ -24,7 +24,6 @@ class ScriptedDrafter:
 
     def opened(self, opened): ...
     def closed(self, slot): ...
-    def observe(self, outcome): ...
 
     def propose(self, view):
         rows, m = view.step.rows.tolist(), self.width
