@@ -5,7 +5,8 @@ n + sum over rows of (a + a^2 + ... + a^k) tokens, a being the row's acceptance.
 exactly if a^k > c1 * (tokens / seconds) of the step, so drafts are added while that holds. Now and then, ever more rarely, a
 step goes the other way, with no drafts or with a few, so that both costs stay measured.
 
-Layers of a drafter cost time even where nothing is drafted, as they read what the target computed. Every step that took longer
+Where no row's drafts pay the drafter is not asked until the next such step or the next request. Layers of a drafter cost time
+even where nothing is drafted, as they read what the target computed, and must be asked. Every step that took longer
 than its tokens would have taken without the drafter makes a debt, and what a step wins pays it off. When it is too large the
 drafter sleeps: it is not asked at all until a small share of the time that has passed since has paid the debt, so that share is
 the most that is ever lost. Rows whose tokens its layers missed are never drafted for again; those that come after it woke are.
@@ -18,9 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernel_core.plan import Opened
+from kernel_core.plan import Opened, StepPlan
 
 PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
+WEIGH_AFTER = 8 * PROBE_AT_LEAST  # steps until what the drafter's presence costs is weighed again
 PROBE_ROWS = 4  # of them draft in such a step
 FIRST = 5  # steps of each kind before anything is decided
 RENEW = 0.1  # weight of a newer measurement of time
@@ -28,7 +30,7 @@ FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 LIMIT = 8  # of the debt, in steps without the drafter
 SHARE = 0.005  # of the time without the drafter that pays the debt
-GLANCE = 16  # steps of sleep, of which one is timed
+GLANCE = 16  # steps without the drafter, of which one is timed
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
 
 
@@ -43,7 +45,7 @@ class DraftOutcome:
     seconds: float  # from the start of the step to its result
     own: float = 0.0  # of these, host seconds of `propose`
     proposed: int = 0  # drafts that `propose` returned in this step
-    asked: bool = True  # False: the drafter slept
+    asked: bool = True  # False: the drafter was not
 
 
 class Mean:
@@ -68,9 +70,12 @@ class StepCost:
 
     def __init__(self) -> None:
         self.plain = Mean()  # seconds without drafts
-        self.without = Mean()  # without the drafter: it slept, or its own seconds are taken off
+        self.without = Mean()  # without the drafter: it was not asked, or what it costs is taken off
+        self.saved = 0.0  # seconds that a step without the drafter saves, besides those of the drafter itself
         self.drafting, self.drafts = Mean(), Mean()  # seconds with drafts, and how many
-        self.age = 0  # steps since `without` was weighed, 0: never
+        self.age = 0  # steps since `saved` was weighed, 0: never
+        self.off = False  # no row's drafts pay, or the drafter finds none
+        self.asked = 0  # times that drafts were asked for before enough were measured, since a request came
         self.since, self.interval, self.on = 0, PROBE_AFTER, True  # steps since the last probe, and until the next
 
     def probes(self, on: bool) -> bool:
@@ -90,13 +95,13 @@ class StepCost:
             self.drafts.add(drafts)
         else:
             self.plain.add(seconds)
-            if not self.age:
-                self.without.add(seconds - own)
+            self.without.add(max(seconds - own - self.saved, 0.0))
 
-    def line(self) -> tuple[float, float]:
-        """(c0, c1), neither negative."""
-        slope = max(self.drafting.value - self.plain.value, 0.0) / max(self.drafts.value, 0.5)
-        return max(self.plain.value, 1e-9), slope
+    def line(self, always_asked: bool) -> tuple[float, float]:
+        """(c0, c1), neither negative. `always_asked`: also where nothing is drafted."""
+        fixed = self.plain.value if always_asked else self.without.value
+        slope = max(self.drafting.value - fixed, 0.0) / max(self.drafts.value, 0.5)
+        return max(fixed, 1e-9), slope
 
 
 class DraftLength:
@@ -114,10 +119,15 @@ class DraftLength:
         self.costs: defaultdict[int, StepCost] = defaultdict(StepCost)
         self.turn = 0
 
-    @property
-    def asleep(self) -> bool:
-        """Is nobody to be drafted for? Rate: step."""
-        return self._sleeping or bool(self._behind.any() and not (self._open & ~self._behind).any())
+    def asks(self, plan: StepPlan) -> bool:
+        """Is the drafter to be asked in this step? Rate: step, before it."""
+        if self._sleeping or self.keeps_up:
+            return not self._sleeping and (not self._behind.any() or bool((self._open & ~self._behind).any()))
+        cost = self._cost(len(plan.rows))
+        if not cost.off or (plan.room > 1).any():
+            return True
+        cost.since += 1
+        return cost.since >= cost.interval
 
     def closed(self, slot: int) -> None:
         """The request left the slot."""
@@ -129,18 +139,20 @@ class DraftLength:
         self._open[slot], self._behind[slot] = True, self.keeps_up and self._sleeping
         share = self.overall[0] / self.overall[1]
         self.accepted[slot], self.drafted[slot] = PRIOR[1] * share, PRIOR[1]
+        for cost in self.costs.values():
+            cost.off, cost.asked = False, 0
 
     def unweighed(self, rows: int) -> bool:
-        """Is it time to weigh a step of so many rows without the drafter? Rate: step."""
-        return not self._sleeping and (not (cost := self._cost(rows)).age or cost.age > PROBE_AT_LEAST)
+        """Is it time to weigh a step of so many rows with and without a drafter? Rate: step."""
+        return not self._sleeping and (not (cost := self._cost(rows)).age or cost.age > WEIGH_AFTER)
 
-    def weighed(self, rows: int, seconds: float) -> None:
-        """What such a step takes: it may be done in another way than one with the drafter in it."""
+    def weighed(self, rows: int, saved: float) -> None:
+        """The seconds between the two: without a drafter a step may be done in another way."""
         cost = self._cost(rows)
-        cost.without.value, cost.without.count, cost.age = seconds, FIRST, 1
+        cost.saved, cost.age = max(saved, 0.0), 1
 
     def rest(self, rows: int) -> bool:
-        """A step of so many rows runs without the drafter, as it is asleep. True: `observe` it. Rate: step."""
+        """A step of so many rows runs without the drafter. True: `observe` it. Rate: step."""
         cost, self._rested = self._cost(rows).without, self._rested + 1
         self._debt = max(self._debt - SHARE * cost.value, 0.0)
         if self._sleeping and not self._debt:
@@ -170,9 +182,11 @@ class DraftLength:
             self._owe(outcome, cost)
 
     def _owe(self, outcome: DraftOutcome, cost: StepCost) -> None:
-        rows, without, (fixed, each) = len(outcome.slots), cost.without.value, cost.line()
+        rows, without, (fixed, each) = len(outcome.slots), cost.without.value, cost.line(self.keeps_up)
         drafts = int(outcome.drafted.sum()) + outcome.proposed
-        lost = outcome.seconds - without if outcome.decode_only and drafts else outcome.own
+        lost = outcome.own
+        if outcome.decode_only:
+            lost = outcome.seconds - without if drafts else lost + cost.saved
         lost = min(lost, 4 * (fixed + each * drafts))  # more was a disturbance
         self._debt = max(self._debt + lost - without * int(outcome.accepted.sum()) / rows, 0.0)
         if self._debt > LIMIT * without and not self._sleeping:
@@ -191,14 +205,18 @@ class DraftLength:
         if not most.any():
             return np.zeros(count, np.int32)
         cost = self._cost(count)
+        cost.off = False
         if cost.plain.count < FIRST:
             return np.zeros(count, np.int32)
         if cost.drafting.count < FIRST:
-            return self._some(slots, most)
+            cost.asked += 1
+            cost.off = cost.asked > 2 * FIRST and not cost.probes(False)
+            return np.zeros(count, np.int32) if cost.off else self._some(slots, most)
         chosen = self._best(cost, slots, most)
         on = bool(chosen.any())
         if cost.probes(on):
             return np.zeros(count, np.int32) if on else self._some(slots, most)
+        cost.off = not on
         return chosen
 
     def _some(self, slots: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -211,7 +229,7 @@ class DraftLength:
         return lengths
 
     def _best(self, cost: StepCost, slots: np.ndarray, most: np.ndarray) -> np.ndarray:
-        fixed, each = cost.line()
+        fixed, each = cost.line(self.keeps_up)
         able = ~self._behind[slots] & (most > 0)
         share = np.where(able, self.accepted[slots] / self.drafted[slots], 0.0)
         if self.tree:

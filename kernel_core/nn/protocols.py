@@ -414,7 +414,7 @@ class Drafter(Protocol):
 
     How many drafts it returns for a row decides how many the next plan makes room for: returning none turns drafting off for
     that row, at no cost, until it returns some again. `length` decides that from what was measured: the runner tells it of slots
-    and steps, and while it is `asleep` does not even call `propose`."""
+    and steps, and does not call `propose` in steps for which `asks` says no."""
 
     width: int  # most drafts a row
     taps: tuple[str, ...]

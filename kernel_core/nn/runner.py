@@ -47,7 +47,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
 }
 logger = logging.getLogger("kernel_core")
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
-WEIGHINGS, WEIGHING_SECONDS = 8, 0.25
+WEIGHINGS, WEIGHING_SECONDS = 8, 0.1
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
 
@@ -103,8 +103,8 @@ class Runner:
             length.weighed(rows, self._weigh(rows))
         clock = _Clock()
         acks = self._apply(plan)
-        kept, asleep = ~self._lost[plan.rows], bool(length and length.asleep)
-        pending = self._attempted(plan if kept.all() else plan.only(kept), acks, clock, None if asleep else self.drafter)
+        kept, asked = ~self._lost[plan.rows], not length or length.asks(plan)
+        pending = self._attempted(plan if kept.all() else plan.only(kept), acks, clock, self.drafter if asked else None)
         if pending is None:
             self._lost[plan.rows] = True
             kept[:] = False
@@ -112,7 +112,7 @@ class Runner:
         if not kept.all():
             pending.whole = (plan, kept)
         pending.started = clock.started
-        if length and pending.download is not None and (not asleep or length.rest(rows)):
+        if length and pending.download is not None and (asked or length.rest(rows)):
             pending.observe = length.observe
         return pending
 
@@ -138,20 +138,23 @@ class Runner:
         )
 
     def _weigh(self, rows: int) -> float:
-        """Seconds of a plain step without the drafter, by a few steps of the slot that is nobody's."""
-        one, none, seconds = np.ones(rows, np.int32), np.zeros(rows, np.int32), []
-        plan = StepPlan(-1, one * self.slots.padding, none, one, one, none, none)
-        while len(seconds) < WEIGHINGS and sum(seconds) < WEIGHING_SECONDS:
-            clock = _Clock()
-            self._run(plan, (), clock, None).wait()
-            seconds.append(perf_counter() - clock.started)
-            self.slots.known[self.slots.padding], self.slots.computed[self.slots.padding] = 1, 0
-        return min(seconds)
+        """Seconds that steady steps save, by a few steps of the slot that is nobody's, done in both ways."""
+        if self._steady is None:
+            return 0.0
+        one, none = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+        plan, seconds = StepPlan(-1, one * self.slots.padding, none, one, one, none, none), ([], [])
+        while len(seconds[0]) < WEIGHINGS and sum(seconds[0]) < WEIGHING_SECONDS:
+            for steady in (False, True):
+                clock = _Clock()
+                self._run(plan, (), clock, None, steady).wait()
+                seconds[steady].append(perf_counter() - clock.started)
+                self.slots.known[self.slots.padding], self.slots.computed[self.slots.padding] = 1, 0
+        return min(seconds[False]) - min(seconds[True])
 
-    def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock, drafter: Drafter | None) -> Pending:
+    def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock, drafter: Drafter | None, steady: bool = True) -> Pending:
         if not len(plan.rows):
             return Pending(plan, acks=acks, timings=clock.done(), settle=self.settle)
-        if drafter is None and self._steady is not None and (download := self._steady(plan)) is not None:
+        if drafter is None and steady and self._steady is not None and (download := self._steady(plan)) is not None:
             timings = clock.done(getattr(download, "timings", None))
             return Pending(plan, download=download, acks=acks, timings=timings, settle=self.settle)
         step = self.inputs.build(plan)

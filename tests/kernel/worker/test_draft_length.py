@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from kernel_core.nn.draft_length import DraftLength, DraftOutcome
+from kernel_core.plan import StepPlan
 
 WIDTH, STEPS = 5, 1000
+
+
+def plan(slots, drafts=0):
+    """Of a decode step of these slots, which verifies so many drafts in each."""
+    one = np.ones(len(slots), np.int32)
+    return StepPlan(0, slots.astype(np.int32), one, one + drafts, one + drafts, one, one)
 
 
 def simulate(share, fixed, each, rows, *, tree=False, noise=0.02, seed=0):
@@ -54,9 +61,9 @@ def test_each_request_gets_its_own_length():
     assert good >= 3 and bad == 0
 
 
-def serve(share, own, each, steps=3000, life=60, keeps_up=True):
-    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked. `share`: as
-    above, a number or one for each step →
+def serve(share, own, each, steps=3000, life=60, keeps_up=True, saved=0.0):
+    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked; then the step
+    takes `saved` longer, too. `share`: as above, a number or one for each step →
     (tokens per second relative to no drafter, share of steps in which it slept, lengths that were asked for)."""
     rng, length = np.random.default_rng(1), DraftLength(WIDTH, 2, keeps_up=keeps_up)
     slots, drafts, tokens, seconds, slept, chosen = np.array([0]), 0, 0, 0.0, 0, []
@@ -67,9 +74,11 @@ def serve(share, own, each, steps=3000, life=60, keeps_up=True):
             length.opened(SimpleNamespace(slot=0))
             drafts = 0
         accepted = min(int((rng.random(WIDTH) < shares[step]).cumprod().sum()), drafts)
-        asleep = length.asleep
+        if length.unweighed(1):
+            length.weighed(1, saved)
+        asleep = not length.asks(plan(slots, drafts))
         proposed = 0 if asleep else int(length.lengths(slots)[0])
-        took = 1.0 + each * drafts + (0.0 if asleep else own)
+        took = 1.0 + each * drafts + (0.0 if asleep else own + saved)
         one = np.array([drafts], np.int32), np.array([accepted], np.int32)
         if not asleep or length.rest(1):
             length.observe(DraftOutcome(slots, *one, True, took, 0.0 if asleep else own, proposed, not asleep))
@@ -80,11 +89,12 @@ def serve(share, own, each, steps=3000, life=60, keeps_up=True):
 
 
 @pytest.mark.parametrize("keeps_up", [False, True])
+@pytest.mark.parametrize("saved", [0.0, 0.2])
 @pytest.mark.parametrize(("share", "own", "each"), [(0.0, 0.3, 0.1), (0.1, 0.2, 0.2), (0.4, 0.15, 0.5), (0.0, 0.01, 0.1)])
-def test_a_drafter_that_does_not_pay_for_itself_sleeps(share, own, each, keeps_up):
-    speed, slept, chosen = serve(share, own, each, steps=6000, keeps_up=keeps_up)
+def test_a_drafter_that_does_not_pay_for_itself_is_rarely_asked(share, own, each, keeps_up, saved):
+    speed, slept, chosen = serve(share, own, each, steps=6000, keeps_up=keeps_up, saved=saved)
     assert speed >= 0.97
-    assert slept > 0.9 or own < 0.02
+    assert slept > 0.9 or (keeps_up and own < 0.02 and not saved)
     assert any(chosen[500:]), "it was never tried again"
 
 
@@ -104,6 +114,24 @@ def test_luck_that_turns_costs_little(period):
     assert speed >= 0.97
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_drafter_that_finds_nothing_is_rarely_asked(known):
+    """`known`: it found something in the first request."""
+    length, slots, drafts, asked = DraftLength(WIDTH, 1), np.array([0]), np.zeros(1, np.int32), []
+    for step in range(2000):
+        if step % 1000 == 0:
+            length.opened(SimpleNamespace(slot=0))
+        asks = length.asks(plan(slots, drafts))
+        finds = WIDTH if known and step < 100 else 0
+        proposed = min(int(length.lengths(slots)[0]), finds) if asks else 0
+        if asks or length.rest(1):
+            seconds = 1.0 + 0.1 * asks + 0.1 * float(drafts[0])
+            length.observe(DraftOutcome(slots, drafts, drafts, True, seconds, 0.1 * asks, proposed, asks))
+        drafts = np.array([proposed], np.int32)
+        asked.append(asks)
+    assert np.mean(asked[1000:]) < 0.1 and any(asked[1000:])
+
+
 def test_a_drafter_that_pays_for_itself_does_not_sleep():
     speed, slept, _ = serve(0.8, 0.15, 0.02)
     assert slept == 0 and speed > 2
@@ -119,9 +147,9 @@ def test_rows_that_layers_missed_are_not_drafted_for():
         drafts = length.lengths(slots)
         assert drafts[0] == 0
         total += int(drafts[1])
-    assert total > 100 and not length.asleep
+    assert total > 100 and length.asks(plan(slots))
     length.closed(1)
-    assert length.asleep
+    assert not length.asks(plan(slots))
 
 
 def test_hopeless_drafts_are_off_and_tried_again():
