@@ -14,6 +14,7 @@ from kernel_core.nn.decoder import (
 )
 from kernel_core.nn.draft_length import DraftLength, DraftOutcome
 from kernel_core.nn.draws import draw, draw_among
+from kernel_core.nn.inputs import Layout, Step, StepInputBuilder, layout
 from kernel_core.nn.layers import (
     Attention,
     AttentionShape,
@@ -30,6 +31,7 @@ from kernel_core.nn.layers import (
 )
 from kernel_core.nn.moe import MoE, MoEShape
 from kernel_core.nn.ops import PreparedOp
+from kernel_core.nn.passes import Drafting, Passes
 from kernel_core.nn.protocols import (
     AttentionBackend,
     AttentionBatch,
@@ -62,8 +64,10 @@ from kernel_core.nn.protocols import (
     WorkerContext,
 )
 from kernel_core.nn.rope import RopeConfig, Rotary, read_rope
-from kernel_core.nn.sampler import Sampler
+from kernel_core.nn.sampler import Sampled, Sampler
+from kernel_core.nn.slots import SlotTable
 from kernel_core.nn.transfer import upload
+from kernel_core.nn.verify import Acceptance, Verified
 
 
 def open_worker(plan: bytes, model: ModelInfo, rank: int = 0, world_size: int = 1) -> Rank:
@@ -75,6 +79,16 @@ def open_worker(plan: bytes, model: ModelInfo, rank: int = 0, world_size: int = 
 
 
 __all__ = [
+    "SlotTable",
+    "Verified",
+    "Acceptance",
+    "Sampled",
+    "Passes",
+    "Drafting",
+    "layout",
+    "StepInputBuilder",
+    "Step",
+    "Layout",
     "Attention",
     "AttentionBackend",
     "AttentionBatch",

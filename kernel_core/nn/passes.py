@@ -7,7 +7,7 @@ its positions. What they store ahead is overwritten when the true tokens are kno
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 import numpy as np
 import torch
@@ -16,27 +16,66 @@ from torch import Tensor
 from kernel_core.nn.draws import draw
 from kernel_core.nn.inputs import Step, draft_paths, within_window
 from kernel_core.nn.kv import KVStore
-from kernel_core.nn.protocols import AttentionBatch, DraftBatch, Forward
+from kernel_core.nn.protocols import AttentionBatch, DraftBatch, DraftView, Forward
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import upload, upload_columns
+from kernel_core.nn.verify import Verified
 
 
-class DraftLayers:
-    """The drafter's layers in the KV groups; makes the `Passes` of each step."""
+class Drafting:
+    """The runner part "drafting": what a drafter sees of a step, and where its drafts go. `layers`: the drafter's own in the KV
+    groups. Replaceable: anything with the same methods."""
 
-    def __init__(self, slots: SlotTable, tables: BlockTables, kv: KVStore, layers: Set[str]) -> None:
-        self.slots, self.tables, self.kv, self.layers = slots, tables, kv, layers
+    def __init__(self, slots: SlotTable, tables: BlockTables, kv: KVStore, tree: bool, layers: Set[str], vocab_size: int) -> None:
+        self.slots, self.tables, self.kv, self.tree = slots, tables, kv, tree
+        self.layers, self.vocab_size = layers, vocab_size
         self.groups = [index for index, group in enumerate(kv.groups) if layers & set(group.layers)]
 
-    def passes(self, step: Step, accepted: Tensor, path: Tensor) -> Passes:
-        """accepted [R], path [R, 1 + m] as in `DraftView`. Called after the slots took the step's tokens. Rate: step."""
-        return Passes(self, step, accepted, path)
+    def view(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> DraftView:
+        """Called after the slots took the step's tokens. Rate: step, unless the drafter sleeps."""
+        rows, accepted = step.view.rows, verified.accepted
+        known = self.slots.known[rows]
+        path = states_of_path(step, verified)
+        most, slots = torch.clamp(self.slots.max_drafts[rows], max=self.slots.draft_width), np.asarray(step.plan.rows, np.int64)
+        sampled = np.asarray(step.plan.room) > 0
+        return DraftView(
+            step.view,
+            accepted.int(),
+            last_token=self.slots.tokens[rows, known.long() - 1].long(),
+            hidden=hidden,
+            taps=taps,
+            wanted=(torch.minimum((self.slots.max_len - known - 1).clamp(min=0), most) * (step.room > 0)).int(),
+            known=known,
+            path=path,
+            host_slots=slots,
+            host_sampled=sampled,
+            host_most=np.where(sampled, self.slots.host["max_drafts"][slots], 0),
+            passes=Passes(self, step, accepted, path),
+        )
+
+    def keep(self, view: DraftView, tokens: Tensor, parents: Tensor, count: Tensor) -> Tensor:
+        """Enter what the drafter proposed into the slots → drafts waiting [R]. Rate: as `view`."""
+        rows, width = view.step.rows, self.slots.draft_width
+        number = torch.arange(width, device=self.slots.device)
+        live = (number < count[:, None]) & (number < view.wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
+        self.slots.drafts[rows] = torch.where(live, tokens, -1)
+        self.slots.parents[rows] = parents.int() if self.tree else self.slots.chain
+        return torch.where(live, number + 1, 0).amax(-1) if width else live.sum(-1)
+
+
+def states_of_path(step: Step, verified: Verified) -> Tensor:
+    """[R, 1 + m]: where in the step's tokens each row's last known token and its accepted drafts are, in order."""
+    settled = torch.where(step.room > 0, step.known - step.computed, step.view.lens - step.computed)
+    base = step.view.q_start[:-1].long() + settled - 1
+    order = torch.cat([torch.zeros_like(base)[:, None], verified.path + 1], 1)
+    number = torch.arange(order.shape[1], device=order.device)
+    return base[:, None] + order.gather(1, torch.minimum(number, verified.accepted[:, None]))
 
 
 class Passes:
     """Implements `DraftPasses` for one step."""
 
-    def __init__(self, parts: DraftLayers, step: Step, accepted: Tensor, path: Tensor) -> None:
+    def __init__(self, parts: Drafting, step: Step, accepted: Tensor, path: Tensor) -> None:
         self.parts, self.slots, self.step, self.path = parts, parts.slots, step, path
         self.rows = step.view.rows
         own = step.view.lens.long() - step.computed  # q

@@ -7,6 +7,8 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
     graphs        (module, *others whose weights it reads) → callable as the module, Forward and further tensors → tensors that
                   are the caller's, e.g. one that replays captured graphs; for the model and for the layers of a drafter
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
+    acceptance    (slots, tables, kv, tree) → like `verify.Acceptance`
+    drafting      (slots, tables, kv, tree, the drafter's layers, vocab_size) → like `passes.Drafting`
     steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
                   `transfer.Download`: does a whole step of rows that compute and gain one token each, as the runner would
                   without a drafter (`Runner.is_steady` says which those are), and gives "tokens" [R, 1], "numbers" [5, R] and
@@ -28,14 +30,14 @@ from kernel_core.errors import ConfigError, PluginError
 from kernel_core.nn.inputs import Layout, Step, StepInputBuilder
 from kernel_core.nn.kv import KVStore
 from kernel_core.nn.logprobs import LogprobColumns, prompt_logprobs
-from kernel_core.nn.passes import DraftLayers
+from kernel_core.nn.passes import Drafting
 from kernel_core.nn.pending import Pending
-from kernel_core.nn.protocols import Drafter, DraftView, Forward, LogitsTransform, LongJob, Model, StepInputs
+from kernel_core.nn.protocols import Drafter, Forward, LogitsTransform, LongJob, Model, StepInputs
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import Download
 from kernel_core.nn.transforms import MaskRows, Transforms
-from kernel_core.nn.verify import Verified, compaction, verify
+from kernel_core.nn.verify import Acceptance, Verified
 from kernel_core.plan import PROMPT_LOGPROBS, Ack, Allocation, Job, StepPlan
 
 PARTS: Mapping[str, Callable[..., Any]] = {
@@ -43,6 +45,8 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "step_inputs": StepInputBuilder,
     "graphs": lambda module, *others: module,
     "sampler": Sampler,
+    "acceptance": Acceptance,
+    "drafting": Drafting,
     "steady": lambda runner: None,
 }
 logger = logging.getLogger("kernel_core")
@@ -85,7 +89,8 @@ class Runner:
         self.transforms = Transforms(transforms, slots + 1, width, vocab_size)
         self.step_inputs = _owned(step_inputs)
         self.layers = frozenset(kv.specs) - draft_layers  # the model's own
-        self.draft_layers = DraftLayers(self.slots, self.tables, kv, draft_layers) if drafter else None
+        self.acceptance = parts["acceptance"](self.slots, self.tables, kv, self.tree)
+        self.drafting = parts["drafting"](self.slots, self.tables, kv, self.tree, draft_layers, vocab_size)
         self._going_on: list[tuple[Job, LongJob]] = []
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
         self._lost = np.zeros(slots, bool)  # slots with a row that was not computed; plans name them until they are closed
@@ -166,9 +171,12 @@ class Runner:
         prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.mode, self.vocab_size)
         masks = self._host_turn(step.layout)
         sampled = self._sample(step, hidden, masks)
-        verified = self._verify(step, sampled)
+        verified = self.acceptance(step, sampled)
         clock.lap("sample")
-        waiting = self._propose(drafter, step, verified, hidden, forward.taps)
+        waiting = None
+        if drafter is not None:
+            view = self.drafting.view(step, verified, hidden, forward.taps)
+            waiting = self.drafting.keep(view, *drafter.propose(view))
         clock.lap("propose")
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
@@ -278,107 +286,19 @@ class Runner:
         only_argmax = greedy & ~asked if self.mode.startswith("processed") else greedy
         return self.sampler(logits, step.view, layout, self.transforms.step(layout, masks, only_argmax))
 
-    def _verify(self, step: Step, sampled: Sampled | None) -> Verified:
-        """Walk the drafts, enter the new tokens and counts into the slots, compact the KV of accepted tree paths."""
-        draws, bad = self._by_row(step, sampled)
-        verified = verify(step.view.drafts, step.parents, draws, bad, step.room > 0)
-        if self.tree and step.layout.width:
-            self._compact(step, verified)
-        self._advance(step, verified)
-        return verified
-
-    def _by_row(self, step: Step, sampled: Sampled | None) -> tuple[Tensor, Tensor]:
-        """Draws and whether they are bad as [R, 1 + m], by the place that decided them."""
-        rows, width = len(step.plan.rows), step.layout.width
-        if sampled is not None and not width and len(step.layout.logits_row) == rows:
-            return sampled.draws[:, None], sampled.bad[:, None]
-        draws = torch.full((rows, 1 + width), -1, dtype=torch.int64, device=self.device)
-        bad = torch.zeros(rows, 1 + width, dtype=torch.bool, device=self.device)
-        if sampled is not None:
-            place = (step.view.row, step.view.draft_pos.long())
-            draws[place], bad[place] = sampled.draws, sampled.bad
-        return draws, bad
-
-    def _compact(self, step: Step, verified: Verified) -> None:
-        src, dst = compaction(verified.path, step.known)
-        row = torch.arange(len(src), device=self.device).repeat_interleave(src.shape[1])
-        moved = (src != dst).flatten()
-        for number, batch in enumerate(step.attention):
-            slots = [self.tables.kv_slots(batch.block_table, row, p.flatten()) for p in (src, dst)]
-            self.kv.copy(number, *(torch.where(moved, s, 0) for s in slots))
-
-    def _advance(self, step: Step, verified: Verified) -> None:
-        rows, count = step.view.rows, verified.count
-        order = torch.arange(verified.tokens.shape[1], device=self.device)
-        place = torch.where(order < count[:, None], step.known[:, None] + order, self.slots.max_len)
-        place = place.clamp_(max=self.slots.max_len)
-        self.slots.tokens[rows[:, None], place.long()] = verified.tokens.int()
-        q = torch.where(step.room > 0, step.known - step.computed + verified.accepted, step.view.lens - step.computed)
-        self.slots.computed[rows] = (step.computed + q).int()
-        self.slots.known[rows] = (step.known + count).int()
-
-    def _propose(
-        self, drafter: Drafter | None, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Ask the drafter, keep what it says in the slots → drafts waiting per row. None: there is none, or it sleeps."""
-        if drafter is None:
-            return None
-        rows, view = step.view.rows, self._draft_view(step, verified, hidden, taps)
-        tokens, parents, count = drafter.propose(view)
-        number = torch.arange(self.slots.draft_width, device=self.device)
-        live = (number < count[:, None]) & (number < view.wanted[:, None]) & (tokens >= 0) & (tokens < self.vocab_size)
-        self.slots.drafts[rows] = torch.where(live, tokens, -1)
-        self.slots.parents[rows] = parents.int() if self.tree else self.slots.chain
-        return torch.where(live, number + 1, 0).amax(-1) if self.slots.draft_width else live.sum(-1)
-
-    def _draft_view(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> DraftView:
-        rows, accepted = step.view.rows, verified.accepted
-        known = self.slots.known[rows]
-        path = _states_of_path(step, verified)
-        most, slots = torch.clamp(self.slots.max_drafts[rows], max=self.slots.draft_width), np.asarray(step.plan.rows, np.int64)
-        sampled = np.asarray(step.plan.room) > 0
-        return DraftView(
-            step.view,
-            accepted.int(),
-            last_token=self.slots.tokens[rows, known.long() - 1].long(),
-            hidden=hidden,
-            taps=taps,
-            wanted=(torch.minimum((self.slots.max_len - known - 1).clamp(min=0), most) * (step.room > 0)).int(),
-            known=known,
-            path=path,
-            host_slots=slots,
-            host_sampled=sampled,
-            host_most=np.where(sampled, self.slots.host["max_drafts"][slots], 0),
-            passes=self.draft_layers.passes(step, accepted, path),
-        )
-
     def _report(
         self, step: Step, verified: Verified, waiting: Tensor | None, sampled: Sampled | None, prompt: LogprobColumns | None
     ) -> dict[str, Tensor]:
-        """The device tensors that the result is made of; a broken row reports no tokens."""
-        rows = step.view.rows
-        count = verified.count.masked_fill(verified.bad, 0)
-        drafted = (step.view.drafts >= 0).sum(-1)
-        waiting = torch.zeros_like(count) if waiting is None else waiting
-        accepted = verified.accepted.masked_fill(verified.bad, 0)
-        numbers = torch.stack([count, accepted, drafted, self.slots.computed[rows], waiting]).int()
-        out = {"tokens": verified.tokens.int(), "numbers": numbers, "bad": verified.bad}
+        """The device tensors that the result is made of."""
+        out = self.acceptance.report(step, verified, waiting)
         if sampled is not None and sampled.logprobs is not None:
             out |= sampled.logprobs.tensors("logprobs.") | {"known": step.known, "order": _path_order(verified.path)}
         if prompt is not None:
             out |= prompt.tensors("prompt.")
         if self.transforms.has_host:
+            rows = step.view.rows
             out |= {"drafts": self.slots.drafts[rows], "parents": self.slots.parents[rows]}
         return out
-
-
-def _states_of_path(step: Step, verified: Verified) -> Tensor:
-    """[R, 1 + m]: where in the step's tokens each row's last known token and its accepted drafts are, in order."""
-    settled = torch.where(step.room > 0, step.known - step.computed, step.view.lens - step.computed)
-    base = step.view.q_start[:-1].long() + settled - 1
-    order = torch.cat([torch.zeros_like(base)[:, None], verified.path + 1], 1)
-    number = torch.arange(order.shape[1], device=order.device)
-    return base[:, None] + order.gather(1, torch.minimum(number, verified.accepted[:, None]))
 
 
 def _path_order(path: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from kernel_core.nn.api import MemoryReport, Sampler
 from kernel_cpu import build, pointwise, sampling, threads
 from kernel_cpu.replay import Replay
 from kernel_cpu.steady import SteadySteps
+from kernel_cpu.steps import HostAcceptance, HostDrafting, HostInputs
 
 
 class CpuDevice:
@@ -49,7 +50,7 @@ class CpuDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=pointwise.argmax, draw=sampling.draw)}
-        parts["steady"] = SteadySteps
+        parts |= {"step_inputs": HostInputs, "acceptance": HostAcceptance, "drafting": HostDrafting, "steady": SteadySteps}
         return parts | {"graphs": Replay} if self._replays else parts
 
     def synchronize(self) -> None:

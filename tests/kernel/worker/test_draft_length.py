@@ -62,8 +62,8 @@ def test_each_request_gets_its_own_length():
 
 
 def serve(share, own, each, steps=3000, life=60, keeps_up=True, saved=0.0):
-    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked; then the step
-    takes `saved` longer, too. `share`: as above, a number or one for each step →
+    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked; the step
+    then takes `saved` longer, too. `share`: as above, a number or one for each step →
     (tokens per second relative to no drafter, share of steps in which it slept, lengths that were asked for)."""
     rng, length = np.random.default_rng(1), DraftLength(WIDTH, 2, keeps_up=keeps_up)
     slots, drafts, tokens, seconds, slept, chosen = np.array([0]), 0, 0, 0.0, 0, []
