@@ -35,12 +35,12 @@ def test_linear_equals_fp32_reference(kernels, n, k, w_dtype, x_dtype):
 def test_rows_do_not_depend_on_the_batch(kernels, w_dtype, x_dtype):
     if kernels == "plain":
         pytest.skip("torch's products depend on the batch")
-    n, k = 100, 1100
+    n, k = 100, 1750
     weight = torch.randn(n, k)
     packed = lin.pack_int8(weight) if w_dtype == torch.int8 else lin.pack(weight.to(w_dtype))
     x = torch.randn(700, k, dtype=x_dtype)
     whole = lin.linear(x, packed)
-    for m in (*range(1, 27), 96, 97, 481):
+    for m in (*range(1, 27), 33, 96, 97, 481, 577):
         at = (m * 37) % (700 - m)
         assert torch.equal(lin.linear(x[at : at + m], packed), whole[at : at + m]), m
     order = torch.randperm(700)
@@ -58,6 +58,15 @@ def test_out_views_and_strides(kernels):
     close(lin.linear(x.t().contiguous().t(), packed, bias), x @ weight.t() + bias)
     rows = torch.randn(48, 64)[:, :32]
     assert torch.equal(lin.unpack(lin.pack(rows)), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 12, 29])
+def test_rows_that_begin_anywhere(kernels, rows):
+    wide = torch.randn(rows, 81, dtype=torch.bfloat16)
+    packed = lin.pack(torch.randn(40, 33, dtype=torch.bfloat16))
+    for begin in (0, 7, 48):
+        x = wide[:, begin : begin + 33]
+        close(lin.linear(x, packed), (x.float() @ lin.unpack(packed).float().t()).to(torch.bfloat16))
 
 
 def test_zero_rows_of_the_weight_quantise_to_zero(kernels):

@@ -15,8 +15,8 @@ namespace {
 constexpr int NV = 2, NR = NV * W;
 constexpr int kMaxRows = W == 16 ? 12 : 6;   // rows of the register tile: 24 or 12 accumulators
 constexpr int kBlockRows = 96;               // rows whose A block stays in L2
-constexpr int kChunkRows = 480;              // rows packed at a time
-constexpr long kShortBlock = 64, kLongBlock = 256;  // pairs of k that are multiplied at a time
+constexpr int kChunkRows = 576;              // rows packed at a time
+constexpr long kShortBlock = 64, kLongBlock = 832;  // pairs of k that are multiplied at a time
 constexpr long kAhead = 1024;                // bytes of prefetch, over all panels read at once
 constexpr long kTaskBytes = 512 << 10;
 
@@ -97,10 +97,37 @@ template <class X> void pack_tile(const X *x, long ldx, int rows, long k, long p
     }
 }
 
+// Words of 4 * G rows or a few less, transposed, as long as words follow that make good what is written past the rows.
+template <int G> long transpose_words(const char *x, long row_bytes, int rows, long words, uint32_t *a) {
+    long j = 0;
+#if defined(__SSE2__)
+    const char *from[4 * G];
+    for (int i = 0; i < 4 * G; ++i) from[i] = x + std::min(i, rows - 1) * row_bytes;
+    for (; j + 4 < words; j += 4, a += 4 * rows) {
+        __m128i column[4][G];
+        KC_UNROLL for (int g = 0; g < G; ++g) {
+            __m128i row[4];
+            KC_UNROLL for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_si128((const __m128i *)(from[4 * g + i] + 4 * j));
+            __m128i a01 = _mm_unpacklo_epi32(row[0], row[1]), b01 = _mm_unpackhi_epi32(row[0], row[1]);
+            __m128i a23 = _mm_unpacklo_epi32(row[2], row[3]), b23 = _mm_unpackhi_epi32(row[2], row[3]);
+            column[0][g] = _mm_unpacklo_epi64(a01, a23), column[1][g] = _mm_unpackhi_epi64(a01, a23);
+            column[2][g] = _mm_unpacklo_epi64(b01, b23), column[3][g] = _mm_unpackhi_epi64(b01, b23);
+        }
+        KC_UNROLL for (int i = 0; i < 4; ++i) KC_UNROLL for (int g = 0; g < G; ++g)
+            _mm_storeu_si128((__m128i *)(a + i * rows + 4 * g), column[i][g]);
+    }
+#endif
+    return j;
+}
+
 void pack_tile_pairs(const bf16 *x, long ldx, int rows, long k, long pairs, uint32_t *a) {
+    const auto transpose = rows > 8 ? transpose_words<3> : rows > 4 ? transpose_words<2> : transpose_words<1>;
+    long done = k / 2;
+    if (rows == 1) memcpy(a, x, done * 4);
+    else done = transpose((const char *)x, ldx * 2, rows, done, a);
     for (int i = 0; i < rows; ++i) {
         const bf16 *from = x + i * ldx;
-        for (long j = 0; j < k / 2; ++j) a[j * rows + i] = from[2 * j].bits | (uint32_t)from[2 * j + 1].bits << 16;
+        for (long j = done; j < k / 2; ++j) a[j * rows + i] = from[2 * j].bits | (uint32_t)from[2 * j + 1].bits << 16;
         if (k < 2 * pairs) a[(pairs - 1) * rows + i] = from[k - 1].bits;
     }
 }
@@ -143,8 +170,8 @@ template <class Src> struct Block {
 };
 
 // In which pieces a block of rows is multiplied: `at_once` of `panels` panels, `pairs` of k. The weights of one tile stream by.
-// Two tiles read each piece from L1, and the pieces in the order in which they lie in memory. With more, the arithmetic
-// takes longer than the memory, and long pieces spare the accumulators.
+// Two small tiles read each piece from L1, and the pieces in the order in which they lie in memory. With more rows, the
+// arithmetic takes longer than the memory, and long pieces spare the accumulators.
 struct Order {
     long panels, pairs;
     int at_once;
@@ -152,12 +179,12 @@ struct Order {
 
 Order order_of(int tiles, int rows, long pairs, long panels) {
     if (tiles == 1) return {panels, pairs, panels_at_once(rows)};
-    if (tiles == 2) return {1, kShortBlock, 1};
+    if (tiles == 2 && rows < kMaxRows * 3 / 2) return {1, kShortBlock, 1};
     return {panels, kLongBlock, 1};
 }
 
-// One block of rows times panels [begin, end).
-template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
+// One block of rows times panels [begin, end); what this thread reads afterwards begins at panel `after`.
+template <class Src> void multiply(const Block<Src> &k, long begin, long end, long after) {
     const Problem &p = k.p;
     using Item = typename Src::Item;
     const ptrdiff_t panel = p.pairs * Src::kStride;
@@ -166,22 +193,25 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
     const int tiles = (int)(k.t1 - k.t0);
     const int a_step = Src::kDot ? 1 : 2, step = (kPairBytes<Src> + tiles - 1) / tiles;
     const Order order = order_of(tiles, (int)rows, p.pairs, end - begin);
+    const long parts = (p.pairs + order.pairs - 1) / order.pairs;
     float *c = (float *)scratch(1, sizeof(float) * rows * ldc);
     for (long q0 = begin; q0 < end; q0 += order.panels) {
         const long q1 = std::min(end, q0 + order.panels);
-        for (long b = 0; b < p.pairs; b += order.pairs) {
-            const long pairs = std::min(order.pairs, p.pairs - b);
+        for (long part = 0; part < parts; ++part) {
+            const long b = p.pairs * part / parts, b1 = p.pairs * (part + 1) / parts, pairs = b1 - b;
             int np = order.at_once;
             for (long q = q0; q < q1; q += np) {
                 while (np > q1 - q) np /= 2;
+                const Item *w = (const Item *)p.w + q * panel + b * Src::kStride;
+                // One tile: a little further on. Several: what comes after this piece, each tile its share of it.
+                const long q2 = q + np < q1 ? q + np : part + 1 < parts ? q0 : q1 < end ? q1 : after;
+                const long b2 = q + np < q1 ? b : part + 1 < parts ? b1 : 0;
+                const long next = tiles == 1 ? kAhead / np : ((q2 - q) * panel + (b2 - b) * Src::kStride) * (long)sizeof(Item);
                 for (long t = k.t0; t < k.t1; ++t) {
                     long r = k.tiles.row(t);
                     int mr = (int)(k.tiles.row(t + 1) - r);
-                    // One tile: a little further on. Several: what comes after this block, each tile its share of it.
-                    long share = (t - k.t0) * step * pairs, next = order.panels > 1 ? panel * (long)sizeof(Item) : pairs * kPairBytes<Src>;
-                    pick<Src, kMaxRows>(mr, np)(k.a + (r * p.pairs + b * mr) * a_step,
-                                                (const Item *)p.w + q * panel + b * Src::kStride, panel, pairs,
-                                                tiles == 1 ? kAhead / np : next + share, step,
+                    pick<Src, kMaxRows>(mr, np)(k.a + (r * p.pairs + b * mr) * a_step, w, panel, pairs,
+                                                next + (t - k.t0) * step * pairs, step,
                                                 c + (r - r0) * ldc + (q - begin) * NR, ldc, b == 0);
                 }
             }
@@ -192,30 +222,47 @@ template <class Src> void multiply(const Block<Src> &k, long begin, long end) {
     else finish<float>(p, c, ldc, k.row0 + r0, rows, col, cols);
 }
 
+// The panels of a product as tasks, which are begun from the last to the first: away from where another thread fetches ahead,
+// and with small ones at the end, so that all threads end together.
+struct Cut {
+    long panels, group, small, smalls;
+    long count() const { return smalls + (panels - small * smalls + group - 1) / group; }
+    long begin(long i) const { return i < smalls ? small * i : small * smalls + group * (i - smalls); }
+    long end(long i) const { return std::min(panels, begin(i + 1)); }
+};
+
+template <class Src> Cut cut_of(const Tiles &tiles, long blocks, long pairs, long panels) {
+    const long threads = thread_count();
+    if (tiles.count == 1) {
+        long group = std::max<long>(4, kTaskBytes / (pairs * kPairBytes<Src>));
+        group = std::max<long>(4, std::min(group, panels / (4 * threads)));
+        return {panels, group / 4 * 4, 2, std::min<long>(threads, panels / 2)};
+    }
+    long group = std::max<long>(1, std::min<long>(tiles.rows <= 32 ? 4 : 8, panels * blocks / (4 * threads)));
+    if (group > 4) group = group / 4 * 4;
+    return {panels, group, 1, threads == 1 ? 0 : std::min(panels / 4, group * (threads - 1))};
+}
+
 template <class Src> void run(const Problem &p) {
-    for (long row0 = 0; row0 < p.m; row0 += kChunkRows) {
-        Tiles tiles = tiles_of(std::min<long>(kChunkRows, p.m - row0));
+    const long chunks = (p.m + kChunkRows - 1) / kChunkRows;
+    for (long chunk = 0; chunk < chunks; ++chunk) {
+        const long row0 = p.m * chunk / chunks;
+        Tiles tiles = tiles_of(p.m * (chunk + 1) / chunks - row0);
         float *a = (float *)scratch(0, sizeof(float) * tiles.rows * 2 * p.pairs);
         pack_rows(p, Src::kDot, row0, tiles, a);
-        long blocks = (tiles.rows + kBlockRows - 1) / kBlockRows;
-        long panel_bytes = p.pairs * Src::kStride * sizeof(typename Src::Item);
-        long group = tiles.count == 1 ? std::max<long>(4, kTaskBytes / panel_bytes) : tiles.rows <= 32 ? 4 : 8;
-        group = std::max<long>(tiles.count == 1 ? 4 : 1, std::min(group, p.panels * blocks / (4 * thread_count())));
-        if (group > 4) group = group / 4 * 4;
-        // What is begun last comes in small pieces, so that all end together.
-        long pieces = tiles.count == 1 ? std::min<long>(thread_count(), p.panels / 2) : 0;
-        long groups = pieces + (p.panels - 2 * pieces + group - 1) / group;
+        const long blocks = (tiles.rows + kBlockRows - 1) / kBlockRows;
+        const Cut cut = cut_of<Src>(tiles, blocks, p.pairs, p.panels);
+        const int tasks = (int)(cut.count() * blocks);
         auto body = [&](int task) {
-            long g = task / blocks, b = task % blocks;
+            const long g = task / blocks, b = task % blocks, next = std::max(0, task - thread_count()) / blocks;
             Block<Src> block{p, a, tiles, row0, tiles.count * b / blocks, tiles.count * (b + 1) / blocks};
-            long begin = 2 * std::min(g, pieces) + std::max<long>(0, g - pieces) * group;
-            multiply(block, begin, std::min(p.panels, begin + (g < pieces ? 2 : group)));
+            multiply(block, cut.begin(g), cut.end(g), cut.begin(next));
         };
         // A product this small ends before a sleeping worker has woken.
         if (tiles.rows * p.n * p.k < 100000) {
-            for (int i = 0; i < (int)(groups * blocks); ++i) body(i);
+            for (int i = tasks - 1; i >= 0; --i) body(i);
         } else {
-            parallel((int)(groups * blocks), body);
+            parallel(tasks, body);
         }
     }
 }

@@ -57,12 +57,25 @@ template <int NV> struct I8DotSource : I8Source<NV> {  // the same bytes as pair
 template <class Src, int MR, int NP, int NV, int RS, int KS>
 KC_INLINE void tile_pair(vf (&acc)[MR][NP * NV], const float *a, const typename Src::Item *b, ptrdiff_t panel) {
     if constexpr (Src::kDot) {
-        KC_UNROLL for (int p = 0; p < NP; ++p) KC_UNROLL for (int v = 0; v < NV; ++v) {
-            vu w = Src::pair(b + p * panel, v);
+        if constexpr (MR > NP * NV) {
+            vu w[NP * NV];
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) w[j] = Src::pair(b + (j / NV) * panel, j % NV);
             KC_UNROLL for (int i = 0; i < MR; ++i) {
                 uint32_t pair;
                 memcpy(&pair, a + i * RS, 4);
-                acc[i][p * NV + v] = dot_pair(acc[i][p * NV + v], pair - vu{}, w);
+                vu x = pair - vu{};
+                KC_UNROLL for (int j = 0; j < NP * NV; ++j) acc[i][j] = dot_pair(acc[i][j], x, w[j]);
+            }
+        } else {
+            vu x[MR];
+            KC_UNROLL for (int i = 0; i < MR; ++i) {
+                uint32_t pair;
+                memcpy(&pair, a + i * RS, 4);
+                x[i] = pair - vu{};
+            }
+            KC_UNROLL for (int j = 0; j < NP * NV; ++j) {
+                vu w = Src::pair(b + (j / NV) * panel, j % NV);
+                KC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = dot_pair(acc[i][j], x[i], w);
             }
         }
     } else {
