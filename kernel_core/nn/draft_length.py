@@ -23,6 +23,7 @@ from kernel_core.plan import Opened, StepPlan
 
 PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
 WEIGH_AFTER = 8 * PROBE_AT_LEAST  # steps until what the drafter's presence costs is weighed again
+WEIGHABLE = 0.01  # seconds of a step
 PROBE_ROWS = 4  # of them draft in such a step
 FIRST = 5  # steps of each kind before anything is decided
 RENEW = 0.1  # weight of a newer measurement of time
@@ -143,13 +144,17 @@ class DraftLength:
             cost.off, cost.asked = False, 0
 
     def unweighed(self, rows: int) -> bool:
-        """Is it time to weigh a step of so many rows with and without a drafter? Rate: step."""
-        return not self._sleeping and (not (cost := self._cost(rows)).age or cost.age > WEIGH_AFTER)
+        """Is it time to weigh a step of so many rows with and without a drafter? It is, while steps are short. Rate: step."""
+        cost = self._cost(rows)
+        return (
+            not self._sleeping and not 0 < cost.age < WEIGH_AFTER and cost.plain.count >= FIRST and cost.plain.value < WEIGHABLE
+        )
 
     def weighed(self, rows: int, saved: float) -> None:
         """The seconds between the two: without a drafter a step may be done in another way."""
         cost = self._cost(rows)
-        cost.saved, cost.age = max(saved, 0.0), 1
+        before, cost.saved, cost.age = cost.saved, max(saved, 0.0), 1
+        cost.without.value = max(cost.without.value - (cost.saved - before), 0.0)
 
     def rest(self, rows: int) -> bool:
         """A step of so many rows runs without the drafter. True: `observe` it. Rate: step."""

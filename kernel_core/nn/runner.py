@@ -51,7 +51,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
 }
 logger = logging.getLogger("kernel_core")
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
-WEIGHINGS, WEIGHING_SECONDS = 8, 0.1
+WEIGHINGS = 8
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
 
@@ -148,12 +148,11 @@ class Runner:
             return 0.0
         one, none = np.ones(rows, np.int32), np.zeros(rows, np.int32)
         plan, seconds = StepPlan(-1, one * self.slots.padding, none, one, one, none, none), ([], [])
-        while len(seconds[0]) < WEIGHINGS and sum(seconds[0]) < WEIGHING_SECONDS:
-            for steady in (False, True):
-                clock = _Clock()
-                self._run(plan, (), clock, None, steady).wait()
-                seconds[steady].append(perf_counter() - clock.started)
-                self.slots.known[self.slots.padding], self.slots.computed[self.slots.padding] = 1, 0
+        for steady in (False, True) * WEIGHINGS:
+            clock = _Clock()
+            self._run(plan, (), clock, None, steady).wait()
+            seconds[steady].append(perf_counter() - clock.started)
+            self.slots.known[self.slots.padding], self.slots.computed[self.slots.padding] = 1, 0
         return min(seconds[False]) - min(seconds[True])
 
     def _run(self, plan: StepPlan, acks: tuple[Ack, ...], clock: _Clock, drafter: Drafter | None, steady: bool = True) -> Pending:

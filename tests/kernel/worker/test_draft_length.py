@@ -8,7 +8,7 @@ import pytest
 from kernel_core.nn.draft_length import DraftLength, DraftOutcome
 from kernel_core.plan import StepPlan
 
-WIDTH, STEPS = 5, 1000
+WIDTH, STEPS, MS = 5, 1000, 1e-3
 
 
 def plan(slots, drafts=0):
@@ -62,7 +62,7 @@ def test_each_request_gets_its_own_length():
 
 
 def serve(share, own, each, steps=3000, life=60, keeps_up=True, saved=0.0):
-    """Single requests of `life` steps one after the other, a drafter that takes `own` of a step whenever it is asked; the step
+    """Single requests of `life` steps of 1 ms one after the other, a drafter that takes `own` ms whenever it is asked; the step
     then takes `saved` longer, too. `share`: as above, a number or one for each step →
     (tokens per second relative to no drafter, share of steps in which it slept, lengths that were asked for)."""
     rng, length = np.random.default_rng(1), DraftLength(WIDTH, 2, keeps_up=keeps_up)
@@ -75,13 +75,13 @@ def serve(share, own, each, steps=3000, life=60, keeps_up=True, saved=0.0):
             drafts = 0
         accepted = min(int((rng.random(WIDTH) < shares[step]).cumprod().sum()), drafts)
         if length.unweighed(1):
-            length.weighed(1, saved)
+            length.weighed(1, saved * MS)
         asleep = not length.asks(plan(slots, drafts))
         proposed = 0 if asleep else int(length.lengths(slots)[0])
         took = 1.0 + each * drafts + (0.0 if asleep else own + saved)
         one = np.array([drafts], np.int32), np.array([accepted], np.int32)
         if not asleep or length.rest(1):
-            length.observe(DraftOutcome(slots, *one, True, took, 0.0 if asleep else own, proposed, not asleep))
+            length.observe(DraftOutcome(slots, *one, True, took * MS, 0.0 if asleep else own * MS, proposed, not asleep))
         tokens, seconds, slept = tokens + 1 + accepted, seconds + took, slept + asleep
         drafts = proposed
         chosen.append(proposed)
