@@ -165,7 +165,8 @@ def paged_attention(
     query j sees of the row's own queries just those i with tree[q_start + j, i], besides all earlier tokens; longer rows
     are causal; the window counts slots, or from ``positions`` int64 [T] of the queries. A query that sees nothing gets zeros.
 
-    Sums and softmax are fp32. The result of a query is bitwise the same in any batch and however its prompt was chunked.
+    Sums and softmax are fp32; where a machine multiplies bf16, the weights are rounded to bf16 before they meet bf16 values, as
+    torch and flash attention do. The result of a query is bitwise the same in any batch and however its prompt was chunked.
     Only slots that a query may see are read. Raises ValueError for shapes that do not fit, IndexError for a row longer than
     its cache or a needed block that does not exist.
     """

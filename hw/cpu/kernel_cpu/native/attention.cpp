@@ -23,6 +23,7 @@ constexpr int kSectionStrips = 8 * kTileStrips;
 constexpr int kItemRows = 48;  // (token, head) rows of the query that one work item takes
 constexpr int kPaddedRows = kItemRows + W;  // room for whole vectors
 constexpr int kMaxRows = W == 16 ? 12 : 6;
+constexpr int kAtOnce = W == 16 ? 2 : 1;  // strips, or columns of 16, that a register tile holds
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Call {
@@ -128,55 +129,62 @@ template <class T> struct Strip {
     int count;     // tokens of it that anyone sees; nothing is read past them
 };
 
-// S[MR][16] = A[d][MR] * K strip. On the way it fetches `later`, the same strip of the next tile, `step` bytes for each pair.
-template <class Src, int MR>
-void scores(const float *a, const typename Src::Item *k, int pairs, float *s, const char *later, int step) {
-    vf acc[MR][NV] = {};
-    for (int p = 0; p < pairs; ++p, later += step) {
-        for (int o = 0; o < kFetch<typename Src::Item>; o += 64) __builtin_prefetch(later + o);
-        tile_pair<Src, MR, 1, NV, 1, MR>(acc, a, k, 0);
+// S[MR][NP * 16] = A[d][MR] * NP strips of K. On the way it fetches `later`, the same strips of the next tile, `step` bytes for
+// each pair.
+template <class Src, int MR, int NP>
+void scores(const float *a, const Strip<typename Src::Item> *strips, int pairs, float *s, int step) {
+    const typename Src::Item *k = strips[0].k;
+    const ptrdiff_t panel = NP > 1 ? strips[1].k - k : 0;
+    const char *later[NP];
+    KC_UNROLL for (int q = 0; q < NP; ++q) later[q] = (const char *)strips[kTileStrips + q].k;
+    vf acc[MR][NP * NV] = {};
+    for (int p = 0; p < pairs; ++p) {
+        KC_UNROLL for (int q = 0; q < NP; ++q) {
+            for (int o = 0; o < kFetch<typename Src::Item>; o += 64) __builtin_prefetch(later[q] + o);
+            later[q] += step;
+        }
+        tile_pair<Src, MR, NP, NV, 1, MR>(acc, a, k, panel);
         a += Src::kDot ? MR : 2 * MR;
         k += Src::kStride;
     }
-    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v) store(s + i * kTile + v * W, acc[i][v]);
+    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NP * NV; ++v) store(s + i * kTile + v * W, acc[i][v]);
 }
 
-// O[MR][16 columns] = O * alpha + P[MR][tile] * V; fetches as above.
-template <class Src, int MR>
+// O[MR][NP * 16 columns] = O * alpha + P[MR][tile] * V; fetches as above. The dot source takes P as bf16.
+template <class Src, int MR, int NP>
 void values(const float *p, const Strip<typename Src::Item> *strips, int s0, int s1, long offset, float *o, long ldo,
             const float *alpha, int step) {
-    vf acc[MR][NV];
-    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v)
+    constexpr ptrdiff_t kPanel = 8 * Src::kStride;
+    vf acc[MR][NP * NV];
+    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NP * NV; ++v)
         acc[i][v] = load(o + i * ldo + v * W) * alpha[i];
     for (int s = s0; s < s1; ++s) {
         const typename Src::Item *b = strips[s].v + offset;
-        const float *a = p + s * kStrip;
-        int t = 0;
+        const float *a = p + s * kStrip / (Src::kDot ? 2 : 1);
         const char *later = (const char *)(strips[s + kTileStrips].v + offset);
+        int t = 0;
         for (; t + 2 <= strips[s].count; t += 2, b += Src::kStride, later += step) {
-            for (int o = 0; o < kFetch<typename Src::Item>; o += 64) __builtin_prefetch(later + o);
-            tile_pair<Src, MR, 1, NV, kTile, 1>(acc, a + t, b, 0);
+            KC_UNROLL for (int q = 0; q < NP; ++q) for (int o = 0; o < kFetch<typename Src::Item>; o += 64)
+                __builtin_prefetch(later + q * kPanel * (ptrdiff_t)sizeof(typename Src::Item) + o);
+            tile_pair<Src, MR, NP, NV, kTile, 1>(acc, a, b, kPanel);
+            a += Src::kDot ? 1 : 2;
         }
-        if (t < strips[s].count)
-            KC_UNROLL for (int v = 0; v < NV; ++v) {
-                vf w = Src::template row<0>(b, v);
-                KC_UNROLL for (int i = 0; i < MR; ++i) fma_into(acc[i][v], splat(a[i * kTile + t]), w);
-            }
+        if (t < strips[s].count) tile_half<Src, MR, NP, NV, kTile>(acc, a, b, kPanel);
     }
-    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NV; ++v) store(o + i * ldo + v * W, acc[i][v]);
+    KC_UNROLL for (int i = 0; i < MR; ++i) KC_UNROLL for (int v = 0; v < NP * NV; ++v) store(o + i * ldo + v * W, acc[i][v]);
 }
 
-template <class Src> using Scores = void (*)(const float *, const typename Src::Item *, int, float *, const char *, int);
+template <class Src> using Scores = void (*)(const float *, const Strip<typename Src::Item> *, int, float *, int);
 template <class Src>
 using Values = void (*)(const float *, const Strip<typename Src::Item> *, int, int, long, float *, long, const float *, int);
 
-template <class Src, int MR> Scores<Src> pick_scores(int rows) {
+template <class Src, int NP, int MR = kMaxRows> Scores<Src> pick_scores(int rows) {
     if constexpr (MR == 0) return nullptr;
-    else return rows == MR ? scores<Src, MR> : pick_scores<Src, MR - 1>(rows);
+    else return rows == MR ? scores<Src, MR, NP> : pick_scores<Src, NP, MR - 1>(rows);
 }
-template <class Src, int MR> Values<Src> pick_values(int rows) {
+template <class Src, int NP, int MR = kMaxRows> Values<Src> pick_values(int rows) {
     if constexpr (MR == 0) return nullptr;
-    else return rows == MR ? values<Src, MR> : pick_values<Src, MR - 1>(rows);
+    else return rows == MR ? values<Src, MR, NP> : pick_values<Src, NP, MR - 1>(rows);
 }
 
 // One work item. KSrc and VSrc are the sources of the two products; they share the element type.
@@ -290,20 +298,19 @@ template <class KSrc, class VSrc> class Worker {
     // One tile of keys for all rows of the item.
     void step(const Strip<T> *strips, int s0, int s1, State &state) {
         float alpha[kPaddedRows];
-        for (int s = s0; s < s1; ++s)
-            for (int t = 0; t < tiles_; ++t) {
+        for (int s = s0, n; s < s1; s += n)
+            for (int t = 0; n = std::min(kAtOnce, s1 - s), t < tiles_; ++t) {
                 int r = tile_row(t), rows = tile_row(t + 1) - r;
-                pick_scores<KSrc, kMaxRows>(rows)(q_ + (long)r * c_.g.d, (const typename KSrc::Item *)strips[s].k, c_.g.d / 2,
-                                                  s_ + r * kTile + s * kStrip, (const char *)strips[s + kTileStrips].k,
-                                                  t ? 0 : kFetch<T>);
+                auto multiply = n == kAtOnce ? pick_scores<KSrc, kAtOnce>(rows) : pick_scores<KSrc, 1>(rows);
+                multiply(q_ + (long)r * c_.g.d, strips + s, c_.g.d / 2, s_ + r * kTile + s * kStrip, t ? 0 : kFetch<T>);
             }
         soften(strips, s0, s1, state, alpha);
-        for (int j = 0; j < dv_; j += 16)
-            for (int t = 0; t < tiles_; ++t) {
+        for (int j = 0, n; j < dv_; j += 16 * n)
+            for (int t = 0; n = std::min(kAtOnce, (dv_ - j) / 16), t < tiles_; ++t) {
                 int r = tile_row(t), rows = tile_row(t + 1) - r;
-                long offset = (long)j * kStrip / kPerItem;
-                pick_values<VSrc, kMaxRows>(rows)(s_ + r * kTile, strips, s0, s1, offset, state.o + (long)r * dv_ + j, dv_, alpha + r,
-                                                  t ? 0 : kFetch<T>);
+                auto multiply = n == kAtOnce ? pick_values<VSrc, kAtOnce>(rows) : pick_values<VSrc, 1>(rows);
+                multiply(s_ + r * kTile, strips, s0, s1, (long)j * kStrip / kPerItem, state.o + (long)r * dv_ + j, dv_, alpha + r,
+                         t ? 0 : kFetch<T>);
             }
     }
 
@@ -327,7 +334,7 @@ template <class KSrc, class VSrc> class Worker {
         }
         for (int i = 0; i < rows_; ++i) {
             float *s = s_ + i * kTile;
-            float total = s1 - s0 == kTileStrips ? weights<kTileStrips>(s, base[i]) : weights<1>(s + s0 * kStrip, base[i], s1 - s0);
+            float total = s1 - s0 == kTileStrips ? weights<kTileStrips>(s, 0, base[i]) : weights<1>(s, s0, base[i], s1 - s0);
             state.l[i] = state.l[i] * alpha[i] + total;
         }
     }
@@ -350,15 +357,16 @@ template <class KSrc, class VSrc> class Worker {
         return largest(top);
     }
 
-    // exp(score - base) in place; returns their sum, added up in the order of the strips.
-    template <int N> float weights(float *s, float base, int times = 1) const {
+    // exp(score - base) in place, as bf16 for the dot source; returns their sum before rounding, added up in the order of strips.
+    template <int N> float weights(float *row, int strip, float base, int times = 1) const {
         const float scale = c_.scale_after;
         vf total = {};
-        for (int t = 0; t < times; ++t, s += N * kStrip)
-            KC_UNROLL for (int j = 0; j < N * kStrip; j += W) {
-                vf p = vexp(fma(load(s + j), splat(scale), splat(-base)));
+        for (int j = strip * kStrip, end = j + times * N * kStrip; j < end; j += N * kStrip)
+            KC_UNROLL for (int i = 0; i < N * kStrip; i += W) {
+                vf p = vexp(fma(load(row + j + i), splat(scale), splat(-base)));
                 total += p;
-                store(s + j, p);
+                if constexpr (VSrc::kDot) store_weight((bf16 *)row + j + i, p);
+                else store(row + j + i, p);
             }
         return sum(total);
     }
@@ -479,7 +487,7 @@ KC_API int kc_attention(const void *q, int q_bf16, long q_token, long q_head, co
     if (!valid(c)) return 1;
     if (!kv_bf16) return run<F32Source<NV>, F32Source<NV>>(c), 0;
 #if KC_DOT
-    if (q_bf16) return run<Bf16DotSource<NV>, Bf16Source<NV>>(c), 0;
+    if (q_bf16) return run<Bf16DotSource<NV>, Bf16DotSource<NV>>(c), 0;
 #endif
     return run<Bf16Source<NV>, Bf16Source<NV>>(c), 0;
 }

@@ -89,7 +89,15 @@ KC_INLINE vf dot_pair(vf acc, vu a, vu b) {
 }
 
 KC_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-KC_INLINE vf vmax(vf a, vf b) { return select((vi)(a > b), a, b); }
+KC_INLINE vf vmax(vf a, vf b) {  // a > b ? a : b
+#if KC_WIDTH == 16 && defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif KC_WIDTH == 8 && defined(__AVX__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select((vi)(a > b), a, b);
+#endif
+}
 
 KC_INLINE vi lanes() {
     vi r;
@@ -97,9 +105,18 @@ KC_INLINE vi lanes() {
     return r;
 }
 
+#if KC_WIDTH == 16 && defined(__AVX512F__)
+template <int H> KC_INLINE __m256 half(vf v) { return _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, H)); }
+#endif
+
 KC_INLINE float sum(vf v) {
 #if KC_WIDTH == 8 && defined(__AVX__)
     __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#elif KC_WIDTH == 16 && defined(__AVX512F__)
+    __m256 e = _mm256_add_ps(half<0>(v), half<1>(v));
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 #else
@@ -112,6 +129,11 @@ KC_INLINE float sum(vf v) {
 KC_INLINE float largest(vf v) {
 #if KC_WIDTH == 8 && defined(__AVX__)
     __m128 h = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+#elif KC_WIDTH == 16 && defined(__AVX512F__)
+    __m256 e = _mm256_max_ps(half<0>(v), half<1>(v));
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 #else
@@ -154,6 +176,15 @@ KC_INLINE void store(bf16 *p, vf x) {
 #endif
 }
 
+// The same for a weight of a softmax, which is no denormal: rounded by the instruction where there is one.
+KC_INLINE void store_weight(bf16 *p, vf x) {
+#if defined(__AVX512BF16__) && KC_WIDTH == 16
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    store(p, x);
+#endif
+}
+
 template <class T> KC_INLINE vf load_n(const T *p, int n) {
     if (n >= W) return load(p);
     T part[W] = {};
@@ -189,7 +220,6 @@ KC_INLINE void from_float(bf16 *p, float x) {
 // exp for x <= 0, to about 1 ulp; exactly 0 below the smallest normal result, hence for -inf.
 KC_INLINE vf vexp(vf x) {
     const vf magic = splat(12582912.0f);
-    vi tiny = (vi)(x < -87.3f);
     vf t = fma(x, splat(1.44269504088896341f), magic), n = t - magic;
     vf r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -201,7 +231,12 @@ KC_INLINE vf vexp(vf x) {
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r) + 1.0f;
     // The low bits of t hold n: adding them to the exponent multiplies by 2^n.
-    return (vf)(~tiny & (vi)((vu)p + ((vu)t << 23)));
+    const vu scaled = (vu)p + ((vu)t << 23);
+#if KC_WIDTH == 16 && defined(__AVX512F__)
+    return (vf)_mm512_maskz_mov_epi32(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ), (__m512i)scaled);
+#else
+    return (vf)(~(vu)(x < -87.3f) & scaled);
+#endif
 }
 
 KC_INLINE vf magnitude(vf x) { return (vf)((vu)x & 0x7fffffffu); }

@@ -93,4 +93,22 @@ KC_INLINE void tile_pair(vf (&acc)[MR][NP * NV], const float *a, const typename 
     }
 }
 
+// The first half of a pair alone: nothing is made of the second, whatever lies there.
+template <class Src, int MR, int NP, int NV, int RS>
+KC_INLINE void tile_half(vf (&acc)[MR][NP * NV], const float *a, const typename Src::Item *b, ptrdiff_t panel) {
+    KC_UNROLL for (int j = 0; j < NP * NV; ++j) {
+        if constexpr (Src::kDot) {
+            const vu w = Src::pair(b + (j / NV) * panel, j % NV) & 0xffffu;
+            KC_UNROLL for (int i = 0; i < MR; ++i) {
+                uint32_t pair;
+                memcpy(&pair, a + i * RS, 4);
+                acc[i][j] = dot_pair(acc[i][j], (pair & 0xffffu) - vu{}, w);
+            }
+        } else {
+            const vf w = Src::template row<0>(b + (j / NV) * panel, j % NV);
+            KC_UNROLL for (int i = 0; i < MR; ++i) fma_into(acc[i][j], splat(a[i * RS]), w);
+        }
+    }
+}
+
 }  // namespace kc
