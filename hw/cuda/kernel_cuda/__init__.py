@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 class CudaSection(Section):
     """`[plugins.cuda]`. graphs: decode steps of up to `graph_rows` requests are captured into CUDA graphs, each on its first
     use. model_graphs: so is the model in other steps of up to `graph_rows` tokens (drafts, masks, penalties, logprobs), each on
-    its second; needs `graphs`, and off because it has run in emulation only. kv_dtype "fp8": KV is kept as e4m3 numbers with a
+    its second; needs `graphs`. fused_steps: what such steps compute around the model is a few kernels of our own instead of some
+    hundred small ones. Both are off because they have run in emulation only. kv_dtype "fp8": KV is kept as e4m3 numbers with a
     scale per token and head, in half the memory."""
 
     graphs: bool = True
     model_graphs: bool = False
+    fused_steps: bool = False
     graph_rows: int = Field(512, ge=1)
     kv_dtype: Literal["auto", "fp8"] = "auto"
 

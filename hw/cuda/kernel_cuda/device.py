@@ -17,6 +17,7 @@ from kernel_cuda.capture import Capture
 from kernel_cuda.forward import ForwardGraphs
 from kernel_cuda.kernels import sampling
 from kernel_cuda.steady import SteadySteps
+from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 
 BF16 = 8  # compute capability that has it
 logger = logging.getLogger("kernel_cuda")
@@ -77,6 +78,8 @@ class CudaDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw)}
+        if self._section.fused_steps:
+            parts |= {"step_inputs": FusedInputs, "acceptance": FusedAcceptance, "drafting": FusedDrafting}
         if self._section.graphs:
             if self._capture is None:
                 self._capture = Capture(self.torch_device)

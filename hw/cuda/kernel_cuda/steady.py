@@ -34,7 +34,7 @@ class SteadySteps:
         self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
         self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
         self._graphs: dict[tuple[int, int, str], Graph] = {}
-        self._usable = runner.drafter is None and not runner.step_inputs and bool(runner.kv.groups)
+        self._usable = not runner.step_inputs and bool(runner.kv.groups)
 
     def __call__(self, plan: StepPlan) -> Report | None:
         """Run the step; None: it is not such a step. Rate: step, host."""
@@ -82,7 +82,8 @@ class SteadySteps:
                 rows, slots.tokens, slots.computed, table, slots.padding, most, group.block_size
             )
             batches.append(AttentionBatch(q_start, lens, own, kv_slots, group.block_size, 1, most))
-        hidden = runner.model(Forward(ids, positions, runner.kv.kv, runner.kv.plans(batches, runner.layers)))
+        plans = runner.kv.plans(batches, runner.layers)
+        hidden = runner.model(Forward(ids, positions, runner.kv.kv, plans, tapped=False))
         logits, drawn = runner.model.logits(hidden), None
         if draws != "greedy":
             numbers = (slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key)

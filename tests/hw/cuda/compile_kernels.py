@@ -144,6 +144,39 @@ def sampling():
     kernels.sample(logits, at, at, *numbers, key)
 
 
+def small_arrays():
+    from kernel_cuda.kernels import drafts as kernels
+
+    wide, ints, flags = meta(64, dtype=torch.int64), meta(64, dtype=torch.int32), meta(64, dtype=torch.int8)
+    drafts, parents, tokens = meta(64, 4, dtype=torch.int64), meta(64, 4, dtype=torch.int32), meta(64, 8193, dtype=torch.int32)
+    table = meta(64, 512, dtype=torch.int32)
+    state = tokens, ints, ints, drafts
+    kernels.rows[(8,)](
+        wide, wide, wide, wide, *state, parents, ints, ints, ints, wide, ints, drafts, parents, wide, wide, ints, wide, parents,
+        wide, 8, 4, 8193, 4, W=8, num_warps=1,
+    )  # fmt: skip
+    kernels.tokens_of_rows[(8, 4)](
+        wide, wide, wide, wide, *state, table, wide, wide, wide, table, 8193, 4, 512, 512, 16, 8192, IDS=True, BLOCK=128,
+        num_warps=1,
+    )  # fmt: skip
+    kernels.accept[(8,)](
+        wide, wide, wide, wide, flags, drafts, ints, ints, tokens, ints, ints, drafts, wide, wide, drafts, flags, parents,
+        parents, 8, 4, 8193, 8192, W=8, num_warps=1,
+    )  # fmt: skip
+    kernels.view[(8,)](
+        wide, ints, wide, ints, ints, ints, wide, tokens, ints, ints, ints, wide, ints, ints, drafts, wide, wide, wide, flags,
+        4, 4, 8193, 8192, W=8, num_warps=1,
+    )  # fmt: skip
+    kernels.keep[(8,)](wide, drafts, ints, ints, drafts, parents, wide, 128256, 4, 4, 1, 4, W=4, num_warps=1)
+    kernels.catch_up[(8, 4)](
+        wide, ints, wide, wide, ints, ints, wide, wide, drafts, tokens, table, wide, wide, wide, wide, wide, table, wide, ints,
+        ints, 8, 4, 1, 8193, 512, 512, 16, 8192, IDS=True, BLOCK=128, num_warps=1,
+    )  # fmt: skip
+    kernels.advance[(8, 4)](
+        wide, wide, flags, wide, table, wide, wide, wide, table, ints, 1, 4, 512, 512, 16, 8192, BLOCK=128, num_warps=1
+    )
+
+
 HALF, WIDE = torch.bfloat16, torch.float32
 CASES = {
     "decode 64": lambda: attention(64, HALF, 1),
@@ -165,6 +198,7 @@ CASES = {
     "moe 8": lambda: moe(8),
     "moe 512": lambda: moe(512),
     "sampling": sampling,
+    "small arrays": small_arrays,
 }
 
 

@@ -1,11 +1,14 @@
 """The device on a GPU: the same answers as the CPU device, and no step that makes the host wait."""
 
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from steady_workload import REQUESTS
+from step_twins import ENGINES, OTHERS, check, twins
 
 from kernel_core import Engine, SamplingParams
 
@@ -108,16 +111,19 @@ def test_an_fp8_cache_is_near(checkpoint):
     assert len(apart) > 20 and sum(apart) / len(apart) < 0.2 and max(apart) < 1.0  # e4m3 keeps three bits of a number
 
 
+ALL_IN_GRAPHS = {"model_graphs": True, "fused_steps": True}
+
+
 @needs_gpu
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("cuda", [{}, {"graphs": False}, ALL_IN_GRAPHS], ids=["graphs", "none", "model and fused"])
 @pytest.mark.parametrize(
     "asked",
     [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 2}],
     ids=["greedy", "filtered", "penalised"],
 )
-def test_a_steady_step_never_waits(asked, graphs):
+def test_a_steady_step_never_waits(asked, cuda):
     """CUDA raises where the host would wait for the device, but for reading a result when it is asked for."""
-    options = dict(dtype="bfloat16", max_model_len=256, plugins={"cuda": {"graphs": graphs}})
+    options = dict(dtype="bfloat16", max_model_len=256, plugins={"cuda": cuda})
     with Engine(model="tiny-chat", device="cuda", **options) as engine:
         assert engine.core.loop.depth == 2
         params = engine.intake.params(**asked, max_tokens=60, ignore_eos=True)
@@ -142,6 +148,33 @@ def test_features_give_the_plain_engines_answers(name):
     feature = FEATURES[name]
     wanted = run_features([feature] if feature.params else [], "cpu")
     assert differences(wanted, run_features([feature], "cuda"), feature.abort) == []
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FEATURES_ALONE)
+def test_features_in_graphs_and_fused_kernels_too(name, monkeypatch):
+    from kernel_cuda import CudaSection
+
+    for key in ALL_IN_GRAPHS:
+        monkeypatch.setattr(CudaSection.model_fields[key], "default", True)
+    CudaSection.model_rebuild(force=True)
+    try:
+        test_features_give_the_plain_engines_answers(name)
+    finally:
+        monkeypatch.undo()
+        CudaSection.model_rebuild(force=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
+def test_the_small_arrays_of_steps_are_those_of_the_runners_parts(options, monkeypatch):
+    from kernel_cuda.device import CudaDevice
+    from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
+
+    seen, ordinary = Counter(), CudaDevice.runner_parts
+    parts = twins(FusedInputs, FusedAcceptance, FusedDrafting, seen) | {"steady": lambda runner: None}
+    monkeypatch.setattr(CudaDevice, "runner_parts", lambda device: ordinary(device) | parts)
+    check({"device": "cuda"} | options, seen, (REQUESTS | OTHERS).values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

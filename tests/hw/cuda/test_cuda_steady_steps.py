@@ -50,6 +50,23 @@ def test_window_groups_and_small_pools(answers):
     assert counted
 
 
+def test_while_a_drafter_sleeps_steps_are_steady(monkeypatch):
+    """The answers are those without it, and the graphs keep no states for it."""
+    requests = [([1, 2, 3], greedy(max_tokens=12)), ([9], greedy(max_tokens=6))]
+    options = dict(model="tiny-chat", device="cpu") | QUICK
+    with Engine(**options) as engine:
+        expected = run_all(engine, requests)
+    emulated_device.use(monkeypatch, steady=True)
+    with Engine(**options, plugins={"eagle": {"head": "tiny-chat-eagle3"}}) as engine:
+        runner = engine.core.executor._worker.runner
+        counted, model, tapped = [], runner.model, []
+        runner._steady = counting(runner._steady, counted)
+        model.register_forward_pre_hook(lambda module, given: tapped.append(given[0].tapped))
+        runner.drafter.length._sleeping, runner.drafter.length._debt = True, 1e9
+        assert run_all(engine, requests) == expected
+    assert sum(counted) > 10 and not any(tapped)
+
+
 def test_sizes_cover_every_number_of_rows():
     from kernel_cuda.capture import sizes_up_to
 
