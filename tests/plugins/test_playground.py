@@ -99,6 +99,8 @@ def test_files_are_public_and_strict_and_data_is_not(server, http):
     assert index.status_code == 200 and "http://" not in index.text and "https://" not in index.text
     policy = index.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "script-src 'self'" in policy
+    head = httpx.head(f"{server.url}/")
+    assert head.status_code == 200 and not head.content and head.headers["content-length"] == str(len(index.content))
     assert "onclick=" not in index.text and "<style" not in index.text and " style=" not in index.text
     assert httpx.get(f"{server.url}/playground/app.js").headers["content-type"].startswith("text/javascript")
     for path in ("view", "about"):
