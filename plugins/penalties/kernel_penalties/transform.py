@@ -1,4 +1,5 @@
-"""The penalties on the device. Counts are made from the token table each step: nothing to undo when a draft is rejected."""
+"""The penalties on the device. What occurred is read from the token table each step, so there is nothing to undo when a draft is
+rejected; only the logits of those tokens are touched, not the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from kernel_core.api import Opened, decode
 from kernel_core.nn.api import LogitsTransform, StepView, upload
 
-COUNTS_AT_ONCE = 1 << 22  # counters that are alive at a time
+COUNTS_AT_ONCE = 1 << 22  # counters, in all
 
 
 class Penalties(LogitsTransform):
@@ -23,6 +24,7 @@ class Penalties(LogitsTransform):
         self.plugin, self.vocab_size, self.device = plugin, vocab_size, device
         self.watched = np.zeros(max_slots, bool)
         self.numbers = torch.zeros(max_slots, 3, device=device)  # presence, frequency, repetition
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # all zero between two uses
 
     def opened(self, opened: Opened) -> bool:
         payload = opened.payloads.get(self.plugin)
@@ -41,33 +43,36 @@ class Penalties(LogitsTransform):
         size = max(1, COUNTS_AT_ONCE // self.vocab_size)
         for at in range(0, len(rows), size):
             index = upload(rows[at : at + size], logits.device)
-            slot = step.slot[index]
-            prompt, output = count_tokens(step, index, self.vocab_size)
-            logits[index] = penalise(logits[index], prompt, output, *self.numbers[slot].T[:, :, None])
+            tokens, output = occurred(step, index)
+            places = index[:, None], tokens
+            numbers = self.numbers[step.slot[index]].T[:, :, None]
+            logits[places] = penalise(logits[places], self._times(tokens, output), *numbers)
         return logits
 
+    def _times(self, tokens: Tensor, counted: Tensor) -> Tensor:
+        """How often each of the tokens [n, P] is among the counted ones of its row [n, P] bool → [n, P] int32."""
+        if len(tokens) > len(self._counts):
+            self._counts = torch.zeros(len(tokens), self.vocab_size, dtype=torch.int32, device=self.device)
+        counts = self._counts[: len(tokens)].scatter_add_(1, tokens, counted.int())
+        times = counts.gather(1, tokens)
+        counts.scatter_(1, tokens, 0)
+        return times
 
-def count_tokens(step: StepView, index: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Occurrences in prompt and in output (with the drafts before it) for some logits rows [n] → two [n, V] int32."""
-    slot, row = step.slot[index], step.row[index]
+
+def occurred(step: StepView, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that a logits row's request has, for some rows [n] → token ids [n, P] int64, and which of them are output, the
+    drafts before the row included. Where a row has fewer than P, its first token stands in, as no output."""
+    slot = step.slot[index]
     tokens = step.history[slot, : step.max_len].long()
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    in_prompt, known = place < step.num_prompt[slot, None], place < step.known[slot, None]
     before = step.ancestors[index].long()
-    drafts = torch.where(before >= 0, step.drafts[row].gather(1, before.clamp(min=0)), vocab_size)
-    drafts = torch.where(drafts >= 0, drafts, vocab_size)
-    prompt = torch.where(in_prompt & known, tokens, vocab_size)
-    output = torch.cat([torch.where(known & ~in_prompt, tokens, vocab_size), drafts], 1)
-    return _count(prompt, vocab_size), _count(output, vocab_size)
+    drafts = step.drafts[step.row[index]].gather(1, before.clamp(min=0))
+    held = torch.cat([place < step.known[slot, None], (before >= 0) & (drafts >= 0)], 1)
+    output = torch.cat([place >= step.num_prompt[slot, None], before >= 0], 1) & held
+    return torch.where(held, torch.cat([tokens, drafts], 1), tokens[:, :1]), output
 
 
-def _count(tokens: Tensor, vocab_size: int) -> Tensor:
-    counts = torch.zeros(len(tokens), vocab_size + 1, dtype=torch.int32, device=tokens.device)
-    return counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.int32))[:, :vocab_size]
-
-
-def penalise(logits: Tensor, prompt: Tensor, output: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor) -> Tensor:
-    """logits [n, V], counts [n, V], numbers [n, 1]."""
+def penalise(logits: Tensor, times: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor) -> Tensor:
+    """Logits [n, P] of tokens that occurred, how often in the output [n, P], numbers [n, 1]."""
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where((prompt > 0) | (output > 0), repeated, logits)
-    return logits - frequency * output - presence * (output > 0)
+    return repeated - frequency * times - presence * (times > 0)
