@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,19 +11,25 @@ from torch import Tensor
 
 from kernel_core.nn.api import AttentionBatch, AttentionSpec, HeadPreparation
 from kernel_cuda import flash
+from kernel_cuda.flash import Flash
 from kernel_cuda.kernels import attention, pointwise
 from kernel_cuda.kernels.attention import Cache, Rules, Work
+from kernel_cuda.split import RULE, Rule, Split, split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_BYTES = 8  # per token and head of an FP8 cache
 
 
+Makes = Callable[[AttentionBatch], Mapping[int, Work]]
+
+
 class Plan:
     """A step: the batch, and its work for each number of query heads per KV head, listed when a layer first asks for it."""
 
-    def __init__(self, batch: AttentionBatch, make_work: Callable[[AttentionBatch], Mapping[int, Work]]) -> None:
+    def __init__(self, batch: AttentionBatch, make_work: Makes) -> None:
         self.batch, self._make_work = batch, make_work
         self._work: Mapping[int, Work] | None = None
+        self._splits: dict[tuple[int, int, int], Parted | None] = {}
 
     @property
     def work(self) -> Mapping[int, Work]:
@@ -30,22 +37,47 @@ class Plan:
             self._work = self._make_work(self.batch)
         return self._work
 
+    def parted(self, spec: AttentionSpec, make: Callable[[], Parted | None]) -> Parted | None:
+        """What `make` gives for layers of this one's sizes; it is asked once."""
+        sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if sizes not in self._splits:
+            self._splits[sizes] = make()
+        return self._splits[sizes]
+
     def of(self, batch: AttentionBatch) -> Plan:
         """The plan of the same layers for another batch."""
         return Plan(batch, self._make_work)
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """A step of which flash takes some rows, and the work of the others (None: there are none)."""
+
+    split: Split
+    others: Work | None
 
 
 class CudaAttention:
     """Split-KV decoding and flash prefill over the paged cache. Every method of rate step or graph can be captured into a
     CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
 
-    `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head."""
+    `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head. `attend`: in
+    the place of torch's flash attention, where that does not run. `rule`: which rows go there in a step where not all are
+    whole prompts."""
 
     priority = 100
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16, fp8: bool = False) -> None:
-        self.device, self.wide, self.fp8 = device, dtype == torch.float32, fp8
-        self._flash = device.type == "cuda" and not self.wide and flash.works(device, dtype)
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        fp8: bool = False,
+        attend: Flash | None = None,
+        rule: Rule = RULE,
+    ) -> None:
+        self.device, self.wide, self.fp8, self.rule = device, dtype == torch.float32, fp8, rule
+        usable = device.type == "cuda" and not self.wide and flash.works(device, dtype)
+        self._flash = flash.attend if attend is None and usable else attend
         self.name = "cuda:paged-fp8" if fp8 else "cuda:paged"
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> bool:
@@ -70,16 +102,24 @@ class CudaAttention:
         return Plan(batch, partial(self._work, specs))
 
     def _work(self, specs: Sequence[AttentionSpec], batch: AttentionBatch) -> Mapping[int, Work]:
-        work: dict[int, Work] = {}
-        for spec in specs:
-            group = spec.num_heads // spec.num_kv_heads
-            if group not in work:
-                row_bytes = max(4 * (s.v_head_dim + 1) * s.num_heads for s in specs)
-                work[group] = attention.plan(
-                    batch.q_start, batch.kv_len, batch.max_q, batch.max_kv, batch.slot_mapping.shape[0], group, spec.window,
-                    row_bytes, self.wide,
-                )  # fmt: skip
-        return work
+        groups = {spec.num_heads // spec.num_kv_heads for spec in specs}
+        tokens = batch.slot_mapping.shape[0]
+        return {group: self._listed(batch, group, specs, batch.kv_len, batch.max_q, tokens) for group in groups}
+
+    def _listed(
+        self, batch: AttentionBatch, group: int, specs: Sequence[AttentionSpec], kv_len: Tensor, max_q: int, tokens: int
+    ) -> Work:
+        row_bytes = max(4 * (spec.v_head_dim + 1) * spec.num_heads for spec in specs)
+        window = next(spec.window for spec in specs if spec.num_heads // spec.num_kv_heads == group)
+        return attention.plan(batch.q_start, kv_len, max_q, batch.max_kv, tokens, group, window, row_bytes, self.wide)
+
+    def _parted(self, batch: AttentionBatch, spec: AttentionSpec) -> Parted | None:
+        parts = split(batch, spec, self.rule)
+        if parts is None:
+            return None
+        group, left = spec.num_heads // spec.num_kv_heads, parts.tokens
+        others = self._listed(batch, group, [spec], parts.kv_len, parts.max_q, left) if left else None
+        return Parted(parts, others)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None
@@ -87,7 +127,8 @@ class CudaAttention:
         q, k, v = (_unit(x) for x in (q, k, v))
         attention.write(kv, k, v, plan.batch.slot_mapping)
         if self._stands_alone(plan.batch, spec, sinks):
-            return flash.attend(q, k, v, plan.batch.q_start, plan.batch.max_q, spec.scale, spec.window)
+            starts, most = plan.batch.q_start, plan.batch.max_q
+            return self._flash(q, k, v, starts, starts, most, most, spec.scale, spec.window)
         return self._attend(q, kv, plan, spec, sinks)
 
     def prepared_forward(
@@ -113,13 +154,32 @@ class CudaAttention:
 
     def _stands_alone(self, batch: AttentionBatch, spec: AttentionSpec, sinks: Tensor | None) -> bool:
         """Whole prompts attend to themselves: torch's own kernel does that without the cache."""
+        return batch.fresh and batch.max_q > 1 and self._flash_does(spec, sinks)
+
+    def _flash_does(self, spec: AttentionSpec, sinks: Tensor | None) -> bool:
         plain = spec.causal and not spec.soft_cap and not spec.first_slot and spec.head_dim == spec.v_head_dim
-        return self._flash and batch.fresh and plain and sinks is None and batch.max_q > 1
+        return self._flash is not None and plain and sinks is None
 
     def _attend(self, q: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
-        batch, work = plan.batch, plan.work[spec.num_heads // spec.num_kv_heads]
+        batch, work, out = plan.batch, None, None
+        if not self.fp8 and self._flash_does(spec, sinks):
+            parted = plan.parted(spec, lambda: self._parted(batch, spec))
+            if parted is not None:
+                out, work = self._called(q, kv, parted.split, spec), parted.others
+                if work is None:
+                    return out
+        work = work or plan.work[spec.num_heads // spec.num_kv_heads]
         rules = Rules(spec.scale, spec.window, spec.soft_cap, spec.causal, spec.first_slot)
-        return attention.attend(q, kv, work, batch.block_table, rules, sinks, batch.tree, batch.positions)
+        return attention.attend(q, kv, work, batch.block_table, rules, sinks, batch.tree, batch.positions, out)
+
+    def _called(self, q: Tensor, kv: Cache, parts: Split, spec: AttentionSpec) -> Tensor:
+        """The rows that flash takes; of the others anything."""
+        done = []
+        for call in parts.calls:
+            k, v = attention.gather(kv, call.slots)
+            mine, starts, most = q[call.begin : call.end], (call.q_start, call.k_start), (call.max_q, call.max_k)
+            done.append(self._flash(mine, k, v, *starts, *most, spec.scale, spec.window))
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def blocks(self, kv: Cache, spec: AttentionSpec, block_size: int) -> Sequence[Tensor]:
         return [part for part in (kv.k, kv.v, kv.scales) if part is not None]

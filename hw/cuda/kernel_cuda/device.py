@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from kernel_core.api import Allocation, Capabilities
-from kernel_core.nn.api import MemoryReport, Sampler
+from kernel_core.nn.api import AttentionSpec, MemoryReport, Sampler, StepInputBuilder
 from kernel_cuda import CudaSection, trial
 from kernel_cuda.capture import Capture
 from kernel_cuda.forward import ForwardGraphs
 from kernel_cuda.kernels import sampling
+from kernel_cuda.split import RULE, KnownInputs, token_bytes
 from kernel_cuda.steady import SteadySteps
 from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 
@@ -53,13 +54,16 @@ class CudaDevice:
         return MemoryReport(total, free)
 
     def peak_memory(self, make_runner: Callable[[], Any], sizes: Allocation) -> int:
-        """Of one largest step; and the graphs' pool, which holds no more than such a step of the most rows that have graphs."""
-        step = self._taken(lambda: trial.run(make_runner, sizes, sizes.max_tokens_per_step))
+        """Of one largest step; the graphs' pool, which holds no more than such a step of the most rows that have graphs; and the
+        keys and values that a step gathers for flash, of which the step that is run has fewer than others may have."""
+        specs: list[AttentionSpec] = []
+        step = self._taken(lambda: specs.extend(trial.run(make_runner, sizes, sizes.max_tokens_per_step)))
+        gathered = min(RULE.most_bytes, sizes.max_model_len * max((token_bytes(spec) for spec in specs), default=0))
         rows = min(self._section.graph_rows, sizes.max_slots, sizes.max_tokens_per_step) if self._section.graphs else 0
         graphs = self._taken(lambda: trial.run(make_runner, sizes, rows)) if rows else 0
-        said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d rows may take %d MiB"
-        logger.info(said, sizes.max_tokens_per_step, step >> 20, rows, graphs >> 20)
-        return step + graphs
+        said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d rows may take %d MiB; %d MiB for gathered KV"
+        logger.info(said, sizes.max_tokens_per_step, step >> 20, rows, graphs >> 20, gathered >> 20)
+        return step + graphs + gathered
 
     def _taken(self, step: Callable[[], None]) -> int:
         """Bytes that torch got from the driver for it, at most at once."""
@@ -78,8 +82,11 @@ class CudaDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw)}
+        inputs: type[StepInputBuilder] = StepInputBuilder
         if self._section.fused_steps:
-            parts |= {"step_inputs": FusedInputs, "acceptance": FusedAcceptance, "drafting": FusedDrafting}
+            inputs = FusedInputs
+            parts |= {"acceptance": FusedAcceptance, "drafting": FusedDrafting}
+        parts["step_inputs"] = partial(KnownInputs, inputs)
         if self._section.graphs:
             if self._capture is None:
                 self._capture = Capture(self.torch_device)

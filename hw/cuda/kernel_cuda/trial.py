@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kernel_core.api import Allocation, CapacityError, Opened, SamplingRow, StepPlan
+from kernel_core.nn.api import AttentionSpec
 
 CONTEXT = 4096  # computed tokens that a row has before the step, where it may be that long
 ASKED = SamplingRow(temperature=1.0, top_k=1000, top_p=0.9, min_p=0.01, logprobs=20)
@@ -32,8 +33,8 @@ def largest_step(sizes: Allocation, tokens: int, vocab_size: int) -> StepPlan:
     return StepPlan(0, rows, start, q, np.full_like(q, each), start, np.zeros_like(q), opened)
 
 
-def run(make_runner: Callable[[], Any], sizes: Allocation, tokens: int) -> None:
-    """Run `largest_step` on a new runner. Raises CapacityError."""
+def run(make_runner: Callable[[], Any], sizes: Allocation, tokens: int) -> list[AttentionSpec]:
+    """Run `largest_step` on a new runner → its attention layers. Raises CapacityError."""
     try:
         runner = make_runner()
         plan = largest_step(sizes, tokens, runner.vocab_size)
@@ -43,6 +44,7 @@ def run(make_runner: Callable[[], Any], sizes: Allocation, tokens: int) -> None:
         raise _too_large(tokens, sizes.max_slots) from error
     if pending.oversized:
         raise _too_large(int(plan.q.sum()), len(plan.rows))
+    return list(runner.kv.specs.values())
 
 
 def _too_large(tokens: int, rows: int) -> CapacityError:

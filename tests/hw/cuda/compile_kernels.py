@@ -85,6 +85,8 @@ def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None,
     rules = kernels.Rules(dim**-0.5, window)
     kernels.attend(q, cache, work, meta(8, 512, dtype=torch.int32), rules, tree=links)
     kernels.copy_tokens(cache, *(meta(8, dtype=torch.int64) for _ in range(2)))
+    if not fp8:
+        kernels.gather(cache, meta(4096, dtype=torch.int64))
 
 
 def pointwise():
@@ -219,6 +221,7 @@ def main(architecture, part=""):
 
 COMMON = {  # kernels that do not change much from case to case: compiled once
     "plan": "prefill 128", "combine": "decode 128", "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
+    "gather_kv": ("decode 64", "decode 128", "decode 256"),
     "prepare": ("decode 128", "decode e4m3"), "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
     "short": ("decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "verify window tree"),
 }  # fmt: skip

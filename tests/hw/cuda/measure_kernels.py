@@ -12,9 +12,14 @@ import json
 import math
 import statistics
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from kernel_cuda.attention import CudaAttention
 from kernel_cuda.kernels import attention, linear, moe, pointwise, sampling
+from kernel_cuda.split import HostRows, known
+
+from kernel_core.nn.api import AttentionBatch, AttentionSpec
 
 L2 = 256 << 20  # inputs of one launch and the next are this many bytes apart
 MODELS = {"0.5B": (896, 4864, 14, 2, 64, 151936), "1B": (2048, 8192, 32, 8, 64, 128256), "8B": (4096, 14336, 32, 8, 128, 128256)}
@@ -224,6 +229,46 @@ def prefill(model, rows, length, beside=True):
     report(f"kv write {rows * length}", timed([lambda: attention.write(cache, ks, ks, slots)]), 8 * ks.numel())
 
 
+def mixed(model, chunk, before, decoding=8, context=4096):
+    """A step of `decoding` rows and a chunk of a prompt through the backend: as the rule has it, and by our kernels alone."""
+    _, _, heads, kv_heads, dim, _ = MODELS[model]
+    counts, lengths = np.array([1] * decoding + [chunk]), np.array([context] * decoding + [before + chunk])
+    width, layers = -(-lengths.max() // 16), 4
+    table = torch.arange(1, len(counts) * width + 1, device="cuda", dtype=torch.int32).view(len(counts), width)
+    starts = torch.tensor([0, *np.cumsum(counts)], device="cuda", dtype=torch.int32)
+    own = torch.cat([torch.arange(n - c, n) for c, n in zip(counts, lengths)]).cuda()
+    row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).cuda()
+    slots = table[row, own // 16].long() * 16 + own % 16
+    kv_len = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+    plain = AttentionBatch(starts, kv_len, table, slots, 16, chunk, int(lengths.max()))
+    batch = known(plain, HostRows(counts, lengths))
+    spec = AttentionSpec("layer", heads, kv_heads, dim, dim, dim**-0.5)
+    backend = CudaAttention(torch.device("cuda"), HALF)
+    caches = [backend.allocate(spec, HALF, 16, table.numel() + 1) for _ in range(layers)]
+    q, k, v = (torch.randn(len(row), h, dim, device="cuda", dtype=HALF) for h in (heads, kv_heads, kv_heads))
+    launches = lambda plan: [lambda c=c: backend.forward(q, k, v, c, plan, spec, None) for c in caches]  # noqa: E731
+    parted, ours = (timed(launches(backend.plan(b, [spec])), 4) for b in (batch, plain))
+    operations = 4 * heads * dim * (chunk * before + chunk * chunk // 2)
+    name = f"mixed {model} {decoding} x {context} + {chunk} at {before}"
+    split_plan = lambda: backend._parted(batch, spec)  # noqa: E731
+    taken = split_plan()
+    report(f"{name}: {'flash' if taken else 'ours'}", parted, decoding * context * kv_heads * 4 * dim, operations)
+    report(f"{name}: ours", ours, decoding * context * kv_heads * 4 * dim, operations)
+    if taken:
+        call = taken.split.calls[0]
+        seconds = timed([lambda c=c: attention.gather(c, call.slots) for c in caches])
+        report(f"{name}: gathering", seconds, 8 * len(call.slots) * kv_heads * dim)
+        report(f"{name}: splitting, once a step", alone(split_plan), 4096)
+
+
+def mixes():
+    for model in ("8B", "1B", "0.5B"):
+        for before in (0, 4096):
+            mixed(model, 2048, before)
+    for chunk in (64, 128, 256, 512):  # about where gathering begins to pay
+        mixed("8B", chunk, 4096)
+
+
 def points():
     for m in (1, 64, 8192):
         x, r, w = (torch.randn(*s, device="cuda", dtype=HALF) for s in ((m, 4096), (m, 4096), (4096,)))
@@ -278,6 +323,7 @@ def decodes():
 
 PARTS = {
     "decode": decodes,
+    "mixed": mixes,
     "prefill": lambda: [prefill(model, 4, 4096) for model in ("8B", "1B")],
     "linears": linears, "narrow": narrow, "points": points, "samples": samples, "experts": experts,
 }  # fmt: skip

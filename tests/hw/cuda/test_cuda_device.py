@@ -85,6 +85,28 @@ def test_bfloat16_is_near(checkpoint, name):
 
 
 @needs_gpu
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window"])
+def test_mixed_steps_through_flash_are_near(checkpoint, monkeypatch, name):
+    """Chunks of prompts beside decoding rows: all rows of several tokens through flash, and none."""
+    from kernel_cuda.attention import CudaAttention
+    from kernel_cuda.split import Rule
+
+    model, asked = checkpoint(name), greedy(max_tokens=6, logprobs=5)
+    outputs, calls = [], []
+    called = CudaAttention._called
+    monkeypatch.setattr(CudaAttention, "_called", lambda *args: calls.append(1) or called(*args))
+    for rule in (Rule(0, 0), Rule(0, 1e18)):
+        monkeypatch.setattr("kernel_cuda.attention.CudaAttention", partial(CudaAttention, rule=rule))
+        outputs.append(run(model, "cuda", asked, dtype="bfloat16", max_tokens_per_step=24))
+        assert bool(calls) == (not rule.launches)
+        calls.clear()
+    for number, expected in outputs[1].items():
+        one, other = (output.outputs[0].logprobs[0] for output in (expected, outputs[0][number]))
+        assert len(set(one) & set(other)) >= 3
+        assert all(abs(one[token].logprob - other[token].logprob) < 0.15 for token in set(one) & set(other))
+
+
+@needs_gpu
 def test_samples_are_the_cpu_devices(checkpoint):
     asked = SamplingParams(temperature=1.0, seed=3, top_p=0.9, top_k=30, max_tokens=16, ignore_eos=True, detokenize=False)
     model = checkpoint("llama")

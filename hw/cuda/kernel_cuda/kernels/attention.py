@@ -215,7 +215,7 @@ def _sizes(q_start, kv_len, rows, mask, window, most, shortest, SHORT_Q: tl.cons
     chunk = chunk_of(first, length, most, shortest)
     has_chunks = (count <= SHORT_Q) & (count > 0) & (length > 0)
     chunks = tl.where(has_chunks, tl.cdiv(length, chunk) - first // chunk, 0)
-    tiles = tl.where(count > SHORT_Q, tl.cdiv(count, TILE_Q), 0)
+    tiles = tl.where((count > SHORT_Q) & (length > 0), tl.cdiv(count, TILE_Q), 0)
     return chunks, tiles
 
 
@@ -411,7 +411,7 @@ def _combine(
     count = tl.load(q_start + row + 1) - q_begin
     begin = tl.load(chunk_start + row)
     end = tl.load(chunk_start + row + 1)
-    if (j < count) & (count <= QS):
+    if (j < count) & (count <= QS) & (begin < end):
         dv, step = tl.arange(0, DVP), tl.arange(0, BC)
         m = tl.full([1], float("-inf"), tl.float32)
         l = tl.zeros([1], tl.float32)
@@ -521,6 +521,24 @@ def _gather_tokens(cache, slots, out, block_size, H: tl.constexpr, D: tl.constex
 
 
 @triton.jit
+def _gather_kv(
+    k_cache, v_cache, slots, k_out, v_out, count, block_size,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN tokens of a head. Grid (tokens / BN, H)."""
+    n, head = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    slot = tl.load(slots + n, mask=n < count, other=-1)
+    row = (slot // block_size * H + head) * block_size + slot % block_size
+    to = n.to(tl.int64) * H + head
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    held, inside = (slot >= 0)[:, None], (n < count)[:, None]
+    k = tl.load(k_cache + row[:, None] * D + d[None, :], mask=held & (d < D)[None, :], other=0.0)
+    tl.store(k_out + to[:, None] * D + d[None, :], k, mask=inside & (d < D)[None, :])
+    v = tl.load(v_cache + row[:, None] * DV + dv[None, :], mask=held & (dv < DV)[None, :], other=0.0)
+    tl.store(v_out + to[:, None] * DV + dv[None, :], v, mask=inside & (dv < DV)[None, :])
+
+
+@triton.jit
 def _scatter_tokens(cache, slots, values, block_size, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + n)
@@ -565,8 +583,9 @@ def plan(
     q_start: torch.Tensor, kv_len: torch.Tensor, max_q: int, max_kv: int, tokens: int, group: int, window: int | None,
     row_bytes: int, wide: bool = False,
 ) -> Work:  # fmt: skip
-    """List the work of a step: q_start int32 [R + 1], kv_len int32 [R]. `row_bytes`: of the partial results of one query of
-    all heads, `wide`: float32 queries. Capturable; one launch."""
+    """List the work of a step: q_start int32 [R + 1], kv_len int32 [R]; a row of length 0 has none, whatever its queries, and
+    `max_q` and `tokens` need not count them. `row_bytes`: of the partial results of one query of all heads, `wide`: float32
+    queries. Capturable; one launch."""
     rows = kv_len.shape[0]
     all_short = max_q * group <= SHORT or max_q == 1
     short_q = max(1, max_q) if all_short else 1
@@ -644,12 +663,14 @@ class Rules:
 
 def attend(
     q: torch.Tensor, cache: Cache, work: Work, block_table: torch.Tensor, rules: Rules, sinks: torch.Tensor | None = None,
-    tree: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+    tree: torch.Tensor | None = None, positions: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """q [T, Hq, D] (heads contiguous) over the cache → [T, Hq, Dv] in q's dtype. Capturable."""
+    """q [T, Hq, D] (heads contiguous) over the cache → [T, Hq, Dv] in q's dtype. Capturable. `out`: where the results of the
+    rows go that have work; those of other rows stay."""
     tokens, q_heads, dim = q.shape
     _, heads, block_size, v_dim = cache.v.shape
-    out = torch.empty(tokens, q_heads, v_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(tokens, q_heads, v_dim, dtype=q.dtype, device=q.device)
     rows = work.kv_len.shape[0]
     if not tokens or not rows:
         return out
@@ -714,6 +735,18 @@ def long_shape(dims: dict[str, int], rows: int, wide: bool) -> dict[str, int]:
         "BM": rows, "BN": tokens // 4 if wide else tokens,
         "num_warps": 4 if wide else 8, "num_stages": 2 if wide or size > 128 else 3,
     }  # fmt: skip
+
+
+def gather(cache: Cache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K [n, H, D] and V [n, H, Dv] of slots int64 [n], zeros where a slot is -1. Not of an e4m3 cache."""
+    (_, heads, block_size, dim), v_dim, count = cache.k.shape, cache.v.shape[3], slots.shape[0]
+    k, v = (torch.empty(count, heads, d, dtype=cache.k.dtype, device=slots.device) for d in (dim, v_dim))
+    if count:
+        _gather_kv[(triton.cdiv(count, 16), heads)](
+            cache.k, cache.v, slots, k, v, count, block_size, H=heads, D=dim, DV=v_dim, DP=triton.next_power_of_2(dim),
+            DVP=triton.next_power_of_2(v_dim), BN=16, num_warps=4,
+        )  # fmt: skip
+    return k, v
 
 
 def copy_tokens(cache: Cache, src: torch.Tensor, dst: torch.Tensor) -> None:
