@@ -479,7 +479,7 @@ class Device(Protocol):
     def capabilities(self) -> Capabilities: ...
     def memory(self) -> MemoryReport: ...
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
-        """Factories that replace runner parts by name ("sampler", "step_inputs", "graphs", ...: `nn/runner.py`); usually empty."""
+        """Factories that replace runner parts by name ("sampler", "step_inputs", "graphs", ...: `nn/runner.py`), or none."""
 
     def synchronize(self) -> None:
         """Wait for everything submitted. Rate: step at most."""
