@@ -29,6 +29,7 @@ from kernel_core.nn.layers import (
     activation_op,
     gated_op,
 )
+from kernel_core.nn.logprobs import LogprobColumns
 from kernel_core.nn.moe import MoE, MoEShape
 from kernel_core.nn.ops import PreparedOp
 from kernel_core.nn.passes import Drafting, Passes
@@ -79,6 +80,7 @@ def open_worker(plan: bytes, model: ModelInfo, rank: int = 0, world_size: int = 
 
 
 __all__ = [
+    "LogprobColumns",
     "SlotTable",
     "Verified",
     "Acceptance",

@@ -202,5 +202,7 @@ SIGNATURES = {
     "kc_gather": "plpllpl",
     "kc_argmax": "iplpll",
     "kc_draw": "pppplll",
+    "kc_sample": "iplpppppppppplll",
+    "kc_rank": "pppppplll",
     "kc_replay": "pl",
 }

@@ -1,13 +1,19 @@
-"""Random draws over the whole vocabulary."""
+"""Sampling over the whole vocabulary: the runner part "sampler", with a few passes over a row in the kernels instead of dozens of
+torch ops over all rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernel_core.nn.api import Layout, LogprobColumns, Sampled, Sampler, StepView, draw_among
 from kernel_core.nn.api import draw as plain_draw
-from kernel_core.nn.api import draw_among
-from kernel_cpu import build
+from kernel_cpu import build, pointwise
 
 ROOM = 16  # tokens of a row that may be as good as tied
 
@@ -27,3 +33,81 @@ def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
         return plain_draw(logits, key, position)
     tokens = found[:, :count]
     return draw_among(logits.gather(1, tokens), tokens, key, position)
+
+
+class HostSampler(Sampler):
+    """Gives the tokens of `Sampler`. Its ops of torch run on one thread: a second one would have to be woken for each, and
+    would then spin where the kernels' threads want to work."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts, argmax=pointwise.argmax, draw=draw)
+
+    def __call__(self, *given: Any) -> Sampled:
+        with one_thread():
+            return super().__call__(*given)
+
+    def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
+        kernels, random = build.library(), np.flatnonzero(self.slots.host["temperature"][host_slot] > 0)
+        if kernels is None or logits.dtype not in (torch.bfloat16, torch.float32):
+            super()._draw(logits, draws, view, host_slot)
+        elif len(random):
+            tied = self._draw_rows(kernels, logits, draws, view, host_slot, random)
+            if tied.any():
+                others = np.where(np.isin(np.arange(len(host_slot)), random[tied]), host_slot, self.slots.padding)
+                super()._draw(logits, draws, view, others)
+
+    def _draw_rows(
+        self, kernels: Any, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Enter the draws of these logits rows → of which so many tokens are equal that nothing was decided. A row of which no
+        token can be drawn keeps its argmax."""
+        host, slot, index = self.slots.host, host_slot[rows], torch.from_numpy(rows)
+        numbers = [torch.from_numpy(host[name][slot]) for name in ("temperature", "min_p", "top_k", "top_p")]
+        numbers[1] = numbers[1].log()
+        key, position = self.slots.key[view.slot[index]], view.position[index].to(torch.int64)
+        tokens, values = torch.empty(len(rows), ROOM, dtype=torch.int64), torch.empty(len(rows), ROOM)
+        counts, (vocab_size, stride) = np.empty(len(rows), np.int64), (logits.shape[1], logits.stride(0))
+        pointers = (x.data_ptr() for x in (index, *numbers, key, position, tokens, values))
+        is_bf16 = logits.dtype == torch.bfloat16
+        kernels.kc_sample(is_bf16, logits.data_ptr(), stride, *pointers, counts.ctypes.data, ROOM, len(rows), vocab_size)
+        decided = (counts > 0) & (counts <= ROOM)
+        if decided.any():
+            some, most = torch.from_numpy(np.flatnonzero(decided)), int(counts[decided].max())
+            drawn = draw_among(values[some, :most], tokens[some, :most], key[some], position[some])
+            draws[index[some]] = drawn
+        return counts > ROOM
+
+    def _logprobs(
+        self, asked: np.ndarray, raw: Tensor | None, logits: Tensor, draws: Tensor, view: StepView, layout: Layout
+    ) -> LogprobColumns | None:
+        kernels = build.library()
+        if not len(asked) or kernels is None:
+            return super()._logprobs(asked, raw, logits, draws, view, layout)
+        index, slot = torch.from_numpy(asked), layout.logits_slot[asked]
+        values = self._filtered(logits[index].float(), view.slot[index], slot) if raw is None else raw
+        k = self.slots.host["logprobs"][slot]
+        columns = rank_tokens(kernels, values.contiguous(), draws[index], int(k.max()), self.mode.endswith("logits"))
+        return LogprobColumns(layout.logits_row[asked], asked, k, *columns)
+
+
+def rank_tokens(kernels: Any, logits: Tensor, chosen: Tensor, k: int, as_they_are: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [n, V] fp32, chosen [n] → token ids and logprobs, or logits `as_they_are`, [n, 1 + k], chosen first, then the best;
+    and the rank of the chosen one [n]."""
+    k, (rows, vocab_size) = min(k, logits.shape[1]), logits.shape
+    tokens, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
+    larger, log_sum = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    pointers = (x.data_ptr() for x in (logits, chosen, tokens, values, larger, log_sum))
+    kernels.kc_rank(*pointers, k, rows, vocab_size)
+    tokens, values = torch.cat([chosen[:, None], tokens], 1), torch.cat([logits.gather(1, chosen[:, None]), values], 1)
+    return tokens, values if as_they_are else values - log_sum[:, None], larger + 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Ops of torch run on the calling thread alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
