@@ -1,6 +1,6 @@
 """Compiles the kernels as real launches ask for them, without a GPU, and prints what each one uses.
 
-    python compile_kernels.py 90 [name part]
+    python compile_kernels.py 90 [part of a kernel's name and case]
 
 Launch functions run on meta tensors; a launch is recorded instead of done, then compiled for that architecture. Output: a line
 of JSON a kernel with its registers, spilled bytes and shared memory.
@@ -209,9 +209,10 @@ def main(architecture, part=""):
     from kernel_cuda.kernels import linear as linears
 
     kernels.capability = linears.capability = lambda device: divmod(int(architecture), 10)
-    for label, case in CASES.items():
+    named = [label for label in CASES if label in part] or CASES
+    for label in named:
         LABEL[0] = label
-        case()
+        CASES[label]()
     for name, (kernel, given, options) in LAUNCHES.items():
         if part not in name or (name.split()[0] in COMMON and not name.endswith(COMMON[name.split()[0]])):
             continue

@@ -85,17 +85,17 @@ slow = pytest.mark.slow
 def test_backend(device, window, prepared):
     """A step of a prefill, a decode and a row that writes nothing, in two layers with different numbers of heads."""
     torch.manual_seed(0)
-    block, counts, lengths = 16, [20, 1, 1], [20, 35, 18]
+    block, counts, lengths = 16, [9, 1, 1], [9, 35, 18]
     table = torch.tensor([[3, 1, 0], [2, 5, 4], [7, 6, 0]], dtype=torch.int32, device=device)
-    starts = torch.tensor([0, 20, 21, 22], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 9, 10, 11], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(n - c, n) for n, c in zip(lengths, counts)]).to(device)
-    row = torch.tensor([0] * 20 + [1, 2], device=device)
+    row = torch.tensor([0] * 9 + [1, 2], device=device)
     slots = table[row, positions // block].long() * block + positions % block
-    slots[21] = -1
+    slots[10] = -1
     kind = "full" if window is None else "window"
     specs = [AttentionSpec(f"{heads}", heads, 2, 32, 32, 0.2, kind, window) for heads in (4, 6)]
     mine, theirs = CudaAttention(device, torch.float32), ReferenceAttention(device)
-    batch = AttentionBatch(starts, torch.tensor(lengths, dtype=torch.int32, device=device), table, slots, block, 20, 35)
+    batch = AttentionBatch(starts, torch.tensor(lengths, dtype=torch.int32, device=device), table, slots, block, 9, 35)
     plans = [backend.plan(batch, specs) for backend in (mine, theirs)]
     for spec in specs:
         caches = [backend.allocate(spec, torch.float32, block, 8) for backend in (mine, theirs)]
@@ -104,7 +104,7 @@ def test_backend(device, window, prepared):
         for ours, whole, theirs_part in zip((caches[0].k, caches[0].v), (k, v), caches[1]):
             ours.copy_(whole.view(8, block, 2, 32).transpose(1, 2))
             theirs_part.copy_(whole)
-        qkv = torch.randn(22, spec.num_heads + 4, 32, device=device)
+        qkv = torch.randn(11, spec.num_heads + 4, 32, device=device)
         q, k, v = qkv.split([spec.num_heads, 2, 2], 1)
         tables = torch.rand(40, 16, device=device), torch.rand(40, 16, device=device)
         weights = torch.rand(32, device=device), torch.rand(32, device=device)

@@ -150,7 +150,7 @@ def formulas():
         yield
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rows=rows_of_a_step, padding=st.integers(0, 2), hit=st.booleans(), window=st.sampled_from([None, None, 3, 12]),
     heads=st.sampled_from([(4, 2), (3, 3), (8, 1)]),
@@ -166,7 +166,7 @@ def test_random_steps(rows, padding, hit, window, heads):
     torch.testing.assert_close(given_by(backend, batch, spec, qkv, kept), wanted(batch, spec, qkv, kept), atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(rows=rows_of_a_step, window=st.sampled_from([None, 12]))
 def test_a_row_goes_the_same_way_in_every_step(rows, window):
     spec = AttentionSpec("layer", 4, 2, 8, 8, 0.3, "full" if window is None else "window", window)
@@ -270,6 +270,10 @@ def test_the_runner_part_tells_what_the_plan_says(byte_model, monkeypatch):
 
 def test_splitting_reads_nothing_from_the_device():
     class NoReads(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls):
+            return False  # which would import it
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             assert func._schema.name not in WAITS - {"aten::lift_fresh"}  # an upload
             return func(*args, **(kwargs or {}))
