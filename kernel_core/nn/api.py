@@ -68,6 +68,7 @@ from kernel_core.nn.rope import RopeConfig, Rotary, read_rope
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import SlotTable
 from kernel_core.nn.transfer import upload
+from kernel_core.nn.transforms import mask_bits
 from kernel_core.nn.verify import Acceptance, Verified
 
 
@@ -80,6 +81,7 @@ def open_worker(plan: bytes, model: ModelInfo, rank: int = 0, world_size: int = 
 
 
 __all__ = [
+    "mask_bits",
     "LogprobColumns",
     "SlotTable",
     "Verified",

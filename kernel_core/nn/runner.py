@@ -7,6 +7,7 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
     graphs        (module, *others whose weights it reads) → callable as the module, Forward and further tensors → tensors that
                   are the caller's, e.g. one that replays captured graphs; for the model and for the layers of a drafter
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
+    mask          () → like `transforms.mask_bits`
     acceptance    (slots, tables, kv, tree) → like `verify.Acceptance`
     drafting      (slots, tables, kv, tree, the drafter's layers, vocab_size) → like `passes.Drafting`
     steady        (runner) → None, or callable StepPlan → None (not such a step), or an object with `arrays()` like
@@ -36,7 +37,7 @@ from kernel_core.nn.protocols import Drafter, Forward, LogitsTransform, LongJob,
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.nn.transfer import Download
-from kernel_core.nn.transforms import MaskRows, Transforms
+from kernel_core.nn.transforms import MaskRows, Transforms, mask_bits
 from kernel_core.nn.verify import Acceptance, Verified
 from kernel_core.plan import PROMPT_LOGPROBS, Ack, Allocation, Job, StepPlan
 
@@ -45,6 +46,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "step_inputs": StepInputBuilder,
     "graphs": lambda module, *others: module,
     "sampler": Sampler,
+    "mask": lambda: mask_bits,
     "acceptance": Acceptance,
     "drafting": Drafting,
     "steady": lambda runner: None,
@@ -86,7 +88,7 @@ class Runner:
         self.graphs = parts["graphs"](model)
         self.sampler = parts["sampler"](self.slots, vocab_size, logprobs_mode)
         self.mode, self.drafter, self.jobs = logprobs_mode, drafter, jobs or {}
-        self.transforms = Transforms(transforms, slots + 1, width, vocab_size)
+        self.transforms = Transforms(transforms, slots + 1, width, vocab_size, parts["mask"]())
         self.step_inputs = _owned(step_inputs)
         self.layers = frozenset(kv.specs) - draft_layers  # the model's own
         self.acceptance = parts["acceptance"](self.slots, self.tables, kv, self.tree)

@@ -5,7 +5,7 @@ A transform is asked at opening whether it watches a slot; a step without a slot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from kernel_core.nn.transfer import upload
 from kernel_core.plan import NO_TOKEN, Opened
 
 STAGES = ("mask", "bias", "penalty", "temperature")
+Mask = Callable[[Tensor, Tensor, Tensor], Tensor]
 ALL_ONES, NOTHING = np.uint32(0xFFFFFFFF), np.uint32(0)
 
 
@@ -35,10 +36,12 @@ class Transforms:
     `told` keeps for host transforms what slots gained since their last host turn, and the drafts that wait. `failed`: why a
     host transform ends a slot's request."""
 
-    def __init__(self, transforms: Sequence[LogitsTransform], max_slots: int, draft_width: int, vocab_size: int) -> None:
+    def __init__(
+        self, transforms: Sequence[LogitsTransform], max_slots: int, draft_width: int, vocab_size: int, mask: Mask
+    ) -> None:
         self.chain = sorted(transforms, key=lambda t: STAGES.index(t.stage))
         self.watched = np.zeros((len(self.chain), max_slots), bool)
-        self.vocab_size, self.width = vocab_size, draft_width
+        self.vocab_size, self.width, self._mask = vocab_size, draft_width, mask
         self.has_host = any(t.host for t in self.chain)
         self.failed: dict[int, str] = {}
         self._gained: dict[int, list[np.ndarray]] = {}
@@ -103,26 +106,27 @@ class Transforms:
             transform = self.chain[number]
             if not (transform.argmax_invariant and only_argmax[self.watched[number][layout.logits_slot]].all()):
                 active.append(transform)
-        return StepTransform(active, masks, self.vocab_size) if active or masks else None
+        return StepTransform(active, masks, self._mask) if active or masks else None
 
 
 class StepTransform:
     """Callable (logits [N, V] float32, view) → logits: masks, then the active transforms in stage order."""
 
-    def __init__(self, active: Sequence[LogitsTransform], masks: Sequence[MaskRows], vocab_size: int) -> None:
-        self.active, self.masks, self.vocab_size = active, masks, vocab_size
+    def __init__(self, active: Sequence[LogitsTransform], masks: Sequence[MaskRows], mask: Mask) -> None:
+        self.active, self.masks, self._mask = active, masks, mask
 
     def __call__(self, logits: Tensor, view: StepView) -> Tensor:
         for mask in self.masks:
-            index = upload(mask.index, logits.device)
-            allowed = unpack_bits(upload(mask.words.view(np.int32), logits.device), self.vocab_size)
-            logits[index] = logits[index].masked_fill(~allowed, float("-inf"))
+            self._mask(logits, upload(mask.index, logits.device), upload(mask.words.view(np.int32), logits.device))
         for transform in self.active:
             logits = transform.apply(logits, view)
         return logits
 
 
-def unpack_bits(words: Tensor, size: int) -> Tensor:
-    """[n, ceil(size / 32)] int32 → [n, size] bool; bit t of a row is bit t % 32 of its word t // 32."""
+def mask_bits(logits: Tensor, index: Tensor, words: Tensor) -> Tensor:
+    """−inf into the rows `index` [n] int64 of logits [N, V] float32, in place, where words [n, ceil(V / 32)] int32 have no bit:
+    that of token t is bit t % 32 of word t // 32."""
     bits = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
+    allowed = ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[index] = logits[index].masked_fill(~allowed, float("-inf"))
+    return logits

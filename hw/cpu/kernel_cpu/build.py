@@ -202,6 +202,7 @@ SIGNATURES = {
     "kc_gather": "plpllpl",
     "kc_argmax": "iplpll",
     "kc_draw": "pppplll",
+    "kc_mask": "plppll",
     "kc_sample": "iplpppppppppplll",
     "kc_rank": "pppppplll",
     "kc_replay": "pl",

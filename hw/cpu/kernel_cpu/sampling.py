@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernel_core.nn.api import Layout, LogprobColumns, Sampled, Sampler, StepView, draw_among
 from kernel_core.nn.api import draw as plain_draw
+from kernel_core.nn.api import mask_bits as plain_mask_bits
 from kernel_cpu import build, pointwise
 
 ROOM = 16  # tokens of a row that may be as good as tied
@@ -100,6 +101,16 @@ def rank_tokens(kernels: Any, logits: Tensor, chosen: Tensor, k: int, as_they_ar
     kernels.kc_rank(*pointers, k, rows, vocab_size)
     tokens, values = torch.cat([chosen[:, None], tokens], 1), torch.cat([logits.gather(1, chosen[:, None]), values], 1)
     return tokens, values if as_they_are else values - log_sum[:, None], larger + 1
+
+
+def mask_bits(logits: Tensor, index: Tensor, words: Tensor) -> Tensor:
+    """−inf into the rows `index` [n] int64 of logits [N, V] fp32, in place, where words [n, ceil(V / 32)] int32 have no bit."""
+    kernels = build.library()
+    if kernels is None:
+        return plain_mask_bits(logits, index, words)
+    words, rows = words.contiguous(), index.contiguous()
+    kernels.kc_mask(logits.data_ptr(), logits.stride(0), rows.data_ptr(), words.data_ptr(), len(rows), logits.shape[1])
+    return logits
 
 
 @contextmanager

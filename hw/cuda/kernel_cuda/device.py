@@ -15,7 +15,7 @@ from kernel_core.nn.api import AttentionSpec, MemoryReport, Sampler, StepInputBu
 from kernel_cuda import CudaSection, trial
 from kernel_cuda.capture import Capture
 from kernel_cuda.forward import ForwardGraphs
-from kernel_cuda.kernels import sampling
+from kernel_cuda.kernels import pointwise, sampling
 from kernel_cuda.split import RULE, KnownInputs, token_bytes
 from kernel_cuda.steady import SteadySteps
 from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
@@ -81,7 +81,10 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
-        parts: dict[str, Callable[..., Any]] = {"sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw)}
+        parts: dict[str, Callable[..., Any]] = {
+            "sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw),
+            "mask": lambda: pointwise.mask_bits,
+        }
         inputs: type[StepInputBuilder] = StepInputBuilder
         if self._section.fused_steps:
             inputs = FusedInputs

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cpu.sampling import HostSampler
+from kernel_cpu.sampling import HostSampler, mask_bits
 
+from kernel_core.nn import transforms
 from kernel_core.nn.sampler import Sampler
 from kernel_core.nn.slots import SlotTable
 
@@ -92,6 +93,16 @@ def test_broken_rows_are_told_and_change_no_other(kernels, broken):
     expected, got = both(logits, numbers)
     others = [0, 1, 3, 5]
     assert got.bad.tolist() == expected.bad.tolist() and got.bad[4] and got.draws[others].tolist() == whole[others].tolist()
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 5000, 5011])
+def test_masks_forbid_what_the_kernels_forbid(kernels, width):
+    make = torch.Generator().manual_seed(3)
+    logits, index = torch.randn(5, width, generator=make), torch.tensor([3, 0, 4])
+    words = torch.randint(-(2**31), 2**31, (3, -(-width // 32)), generator=make).int()
+    words[1] = 0
+    expected = transforms.mask_bits(logits.clone(), index, words)
+    assert torch.equal(mask_bits(logits, index, words), expected) and (expected[0] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"])

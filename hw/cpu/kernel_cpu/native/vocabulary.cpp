@@ -229,3 +229,19 @@ KC_API int kc_rank(const float *logits, const int64_t *chosen, int64_t *tokens, 
     });
     return 0;
 }
+
+// -inf into the rows `rows` of logits where the words of each, a bit a token, have none.
+KC_API int kc_mask(float *logits, long stride, const int64_t *rows, const uint32_t *words, long n, long width) {
+    const long each = (width + 31) / 32;
+    parallel((int)n, [&](int r) {
+        float *x = logits + rows[r] * stride;
+        const uint32_t *own = words + r * each;
+        for (long i = 0; i < width; i += W) {
+            const uint32_t bits = own[i / 32] >> i % 32;
+            vi allowed = -(vi)((vu{} + bits) >> (vu)lanes() & 1u);
+            int count = (int)std::min<long>(W, width - i);
+            store_n(x + i, select(allowed, load_n(x + i, count), splat(kNone)), count);
+        }
+    });
+    return 0;
+}
