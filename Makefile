@@ -33,7 +33,7 @@ define peer
 	@$(PEERS)/$(1)/bin/python -m pip install -q $(TORCH) $(2) || $(call fail, $(2) could not be installed: pip says why above.)
 endef
 
-.PHONY: help setup run test test-slow bench bench-serving bench-peers bench-speculation bench-gpu lint format budgets clean
+.PHONY: help setup run test test-slow bench bench-serving bench-peers bench-speculation bench-sampling bench-gpu lint format budgets clean
 
 help: ## this list
 	@echo "kernel: an LLM inference engine built as a microkernel"; echo
@@ -72,6 +72,10 @@ bench-serving: $(READY) ## the server alone: token chunks a second and what serv
 bench-speculation: $(READY) ## tokens a second with and without drafts (build/bench/speculation.json)
 	$(call say,n-gram on a random-weight model of 0.5B, the heads on the embedded model)
 	@$(BIN)/python tests/benchmarks/speculation.py $(BENCH)
+
+bench-sampling: $(READY) ## what temperature, filters, penalties and logprobs add to a decode step
+	$(call say,sampling options on a random-weight model of 0.5B, in turn)
+	@$(BIN)/python tests/benchmarks/sampling.py $(BENCH)
 
 bench-gpu: $(READY) ## speed on a GPU against the floors of the same run and transformers (build/bench/gpu.json)
 	$(call say,random-weight models of 0.5B to 8B: decode and prefill and the GPU's own floors (minutes))

@@ -34,7 +34,7 @@ def step_times(engine: Engine, batch: int, new: int, asked: dict[str, Any], seed
     """Seconds of the decode steps of `batch` requests."""
     draw, seconds = random.Random(seed), []
     for number in range(batch):
-        prompt = [draw.randrange(1000) for _ in range(16)]
+        prompt = [draw.randrange(500) for _ in range(16)]
         params = {"temperature": 0.0, "max_tokens": new, "ignore_eos": True, "seed": seed, "detokenize": False}
         engine.add_request(str(number), prompt, engine.intake.params(**params | asked))
     while engine.has_unfinished_requests():
