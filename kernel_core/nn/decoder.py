@@ -116,9 +116,12 @@ class DecoderLayer(nn.Module):
         if config.sandwich:
             self.attention_post_norm, self.mlp_post_norm = _norm(ctx, config), _norm(ctx, config)
 
-    def forward(self, x: Tensor, residual: Tensor | None, fwd: Forward) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, fwd: Forward, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`read` [N]: after the attention only these tokens go on."""
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, fwd)
+        if read is not None:
+            x, residual = x[read], residual[read]
         if self.attention_post_norm is not None:
             x, _ = self.attention_post_norm(x)
         x, residual = self.mlp_norm(x, residual)
@@ -197,13 +200,14 @@ class Decoder(nn.Module):
         return x if self.embedding_scale is None else x * self.embedding_scale
 
     def forward(self, fwd: Forward) -> Tensor:
-        """→ hidden states [T, H] after the final norm."""
+        """→ hidden states after the final norm, [T, H], or [N, H] of `fwd.read`."""
         x, residual = self.embed(fwd.token_ids), None
         if fwd.embeds is not None:
             x = torch.where(fwd.embeds_mask[:, None], fwd.embeds.to(x.dtype), x)
         self.taps(fwd, "embedding", x)
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, fwd)
+            last = fwd.read is not None and index + 1 == len(self.layers)
+            x, residual = layer(x, residual, fwd, fwd.read) if last else layer(x, residual, fwd)
             self.taps(fwd, f"layers.{index}", x, residual)
         x, _ = self.norm(x, residual)
         self.taps(fwd, "norm", x)

@@ -173,6 +173,7 @@ class Forward:
     embeds_mask: Tensor | None = None  # [T] bool
     taps: dict[str, Tensor] = field(default_factory=dict)
     tapped: bool = True
+    read: Tensor | None = None  # [N] int64 tokens: a model may return the states [N, H] of these alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
 logger = logging.getLogger("kernel_core")
 Jobs = Mapping[str, Callable[[bytes], Any]]  # by plugin: what its worker part does with a job; a LongJob goes on
 WEIGHINGS = 8
+UNREAD = 64  # tokens whose states nobody reads, at least, for a model to be told
 IDLE_WAIT = 0.02  # seconds that a step without rows waits for such a job
 
 
@@ -166,12 +167,15 @@ class Runner:
         step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
         forward.tapped = bool(drafter and drafter.taps)
+        if drafter is None:
+            forward.read = self._read(step)
         clock.lap("inputs")
         hidden = self.graphs(forward)
         clock.lap("forward")
         prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.mode, self.vocab_size)
         masks = self._host_turn(step.layout)
-        sampled = self._sample(step, hidden, masks)
+        narrowed = forward.read is not None and len(hidden) == len(forward.read)
+        sampled = self._sample(step, hidden if narrowed else hidden[step.logits_token], masks)
         verified = self.acceptance(step, sampled)
         clock.lap("sample")
         waiting = None
@@ -268,6 +272,13 @@ class Runner:
             inputs=named,
         )
 
+    def _read(self, step: Step) -> Tensor | None:
+        """The tokens whose states the step reads, where the others are many."""
+        read, flags = step.logits_token, np.asarray(step.plan.flags)
+        if len(step.view.token_ids) - len(read) < UNREAD or self.step_inputs or (flags & PROMPT_LOGPROBS).any():
+            return None
+        return read if len(read) else read.new_zeros(1)
+
     # ---- after the forward
 
     def _host_turn(self, layout: Layout) -> list[MaskRows]:
@@ -281,7 +292,7 @@ class Runner:
         layout = step.layout
         if not len(layout.logits_row):
             return None
-        logits = self.model.logits(hidden[step.logits_token])
+        logits = self.model.logits(hidden)
         asked = self.slots.host["logprobs"][layout.logits_slot] >= 0
         greedy = self.slots.host["temperature"][layout.logits_slot] == 0
         only_argmax = greedy & ~asked if self.mode.startswith("processed") else greedy

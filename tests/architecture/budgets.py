@@ -59,7 +59,7 @@ BUDGETS: dict[str, tuple[Callable[[], float], float]] = {
     # docs/architecture.md, Size, says why these two are what they are
     "kernel_core without nn, code lines": (lambda: _total(source.kernel_files(nn=False)), 5000),
     "kernel_core/testing, code lines": (lambda: _total(source.testing_files()), 600),
-    "kernel_core/nn, code lines": (lambda: _total(source.kernel_files(nn=True)), 3350),
+    "kernel_core/nn, code lines": (lambda: _total(source.kernel_files(nn=True)), 3375),
     "a feature plugin, code lines, median": (lambda: median(plugin_sizes().values() or [0]), 400),
     "function length, median": (lambda: median(_lengths()), 9),
     "function length, 90 %": (lambda: quantiles(_lengths(), n=10)[-1], 36),

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 class CudaSection(Section):
     """`[plugins.cuda]`. graphs: decode steps of up to `graph_rows` requests are captured into CUDA graphs, each on its first
-    use. model_graphs: so is the model in other steps of up to `graph_rows` tokens (drafts, masks, penalties, logprobs), each on
-    its second; needs `graphs`. fused_steps: what such steps compute around the model is a few kernels of our own instead of some
-    hundred small ones. Both are off because they have run in emulation only. kv_dtype "fp8": KV is kept as e4m3 numbers with a
-    scale per token and head, in half the memory."""
+    use. kv_dtype "fp8": KV is kept as e4m3 numbers with a scale per token and head, in half the memory.
+
+    Off, because they have run in emulation only: model_graphs, the model of other steps of up to `graph_rows` tokens (drafts,
+    masks, penalties, logprobs) is captured, each on its second use (needs `graphs`); fused_steps, what such steps compute around
+    the model is a few kernels of our own instead of some hundred small ones; mixed_flash, in steps that are not all whole prompts
+    rows of prompts go through torch's flash attention."""
 
     graphs: bool = True
     model_graphs: bool = False
     fused_steps: bool = False
+    mixed_flash: bool = False
     graph_rows: int = Field(512, ge=1)
     kv_dtype: Literal["auto", "fp8"] = "auto"
 
@@ -58,4 +61,5 @@ def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
 def make_attention(context: WorkerContext) -> Sequence[AttentionBackend]:
     from kernel_cuda.attention import CudaAttention
 
-    return (CudaAttention(context.device, context.dtype, fp8=context.section.kv_dtype == "fp8"),)
+    section = context.section
+    return (CudaAttention(context.device, context.dtype, fp8=section.kv_dtype == "fp8", mixed=section.mixed_flash),)

@@ -62,8 +62,8 @@ class CudaAttention:
     CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
 
     `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head. `attend`: in
-    the place of torch's flash attention, where that does not run. `rule`: which rows go there in a step where not all are
-    whole prompts."""
+    the place of torch's flash attention, where that does not run. `mixed`: rows go there
+    also from steps that are not all whole prompts, by the `rule`."""
 
     priority = 100
 
@@ -74,9 +74,11 @@ class CudaAttention:
         fp8: bool = False,
         attend: Flash | None = None,
         rule: Rule = RULE,
+        mixed: bool = True,
     ) -> None:
         self.device, self.wide, self.fp8, self.rule = device, dtype == torch.float32, fp8, rule
-        usable = device.type == "cuda" and not self.wide and flash.works(device, dtype)
+        self.mixed = mixed
+        usable = device.type == "cuda" and not self.wide and flash.works(device, dtype, mixed)
         self._flash = flash.attend if attend is None and usable else attend
         self.name = "cuda:paged-fp8" if fp8 else "cuda:paged"
 
@@ -162,7 +164,7 @@ class CudaAttention:
 
     def _attend(self, q: Tensor, kv: Cache, plan: Plan, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         batch, work, out = plan.batch, None, None
-        if not self.fp8 and self._flash_does(spec, sinks):
+        if self.mixed and not self.fp8 and self._flash_does(spec, sinks):
             parted = plan.parted(spec, lambda: self._parted(batch, spec))
             if parted is not None:
                 out, work = self._called(q, kv, parted.split, spec), parted.others

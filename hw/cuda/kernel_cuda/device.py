@@ -58,7 +58,8 @@ class CudaDevice:
         keys and values that a step gathers for flash, of which the step that is run has fewer than others may have."""
         specs: list[AttentionSpec] = []
         step = self._taken(lambda: specs.extend(trial.run(make_runner, sizes, sizes.max_tokens_per_step)))
-        gathered = min(RULE.most_bytes, sizes.max_model_len * max((token_bytes(spec) for spec in specs), default=0))
+        longest = sizes.max_model_len * max((token_bytes(spec) for spec in specs), default=0)
+        gathered = min(RULE.most_bytes, longest) if self._section.mixed_flash else 0
         rows = min(self._section.graph_rows, sizes.max_slots, sizes.max_tokens_per_step) if self._section.graphs else 0
         graphs = self._taken(lambda: trial.run(make_runner, sizes, rows)) if rows else 0
         said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d rows may take %d MiB; %d MiB for gathered KV"
@@ -89,7 +90,7 @@ class CudaDevice:
         if self._section.fused_steps:
             inputs = FusedInputs
             parts |= {"acceptance": FusedAcceptance, "drafting": FusedDrafting}
-        parts["step_inputs"] = partial(KnownInputs, inputs)
+        parts["step_inputs"] = partial(KnownInputs, inputs) if self._section.mixed_flash else inputs
         if self._section.graphs:
             if self._capture is None:
                 self._capture = Capture(self.torch_device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -28,31 +28,33 @@ def attend(
     )[0]
 
 
-QUERIES, KEYS = (0, 16, 23, 40, 48), (0, 16, 16, 57, 90)  # a whole prompt, queries without keys, two with KV before them
+#: starts of queries and of keys; False: whole prompts, True: one, queries without keys, and two with KV before them
+ROWS = {False: ((0, 16, 48), (0, 16, 48)), True: ((0, 16, 23, 40, 48), (0, 16, 16, 57, 90))}
 
 
 @cache
-def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Does this torch's kernel take fewer KV heads than query heads, windows, fewer queries than keys and rows without keys, and
-    compute what attention is? Rate: build."""
+def works(device: torch.device, dtype: torch.dtype, mixed: bool) -> bool:
+    """Does this torch's kernel take fewer KV heads than query heads, windows, and when `mixed` fewer queries than keys and rows
+    without keys, and compute what attention is? Rate: build."""
+    queries, keys = ROWS[mixed]
     draw = torch.Generator(device).manual_seed(0)
-    q = torch.randn(QUERIES[-1], 4, 64, device=device, generator=draw).to(dtype)
-    k, v = (torch.randn(KEYS[-1], 2, 64, device=device, generator=draw).to(dtype) for _ in range(2))
-    q_start, k_start = (torch.tensor(starts, dtype=torch.int32, device=device) for starts in (QUERIES, KEYS))
+    q = torch.randn(queries[-1], 4, 64, device=device, generator=draw).to(dtype)
+    k, v = (torch.randn(keys[-1], 2, 64, device=device, generator=draw).to(dtype) for _ in range(2))
+    q_start, k_start = (torch.tensor(starts, dtype=torch.int32, device=device) for starts in (queries, keys))
     for window in (None, 8):
         try:
             got = attend(q, k, v, q_start, k_start, 32, 64, 0.125, window)
         except (RuntimeError, TypeError, AttributeError) as error:
             logger.warning("prompts run without torch's flash attention: %s", error)
             return False
-        if not _alike(got, q, k, v, window):
+        if not _alike(got, q, k, v, window, queries, keys):
             logger.warning("prompts run without torch's flash attention: it computes something else for window %s", window)
             return False
     return True
 
 
-def _alike(got: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
-    for (begin, end), (first, last) in zip(pairwise(QUERIES), pairwise(KEYS), strict=True):
+def _alike(got: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None, queries: Sequence[int], keys: Sequence[int]) -> bool:
+    for (begin, end), (first, last) in zip(pairwise(queries), pairwise(keys), strict=True):
         if first == last:
             continue
         wanted = _written_out(q[begin:end], k[first:last], v[first:last], window)

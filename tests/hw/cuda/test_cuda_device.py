@@ -97,7 +97,9 @@ def test_mixed_steps_through_flash_are_near(checkpoint, monkeypatch, name):
     monkeypatch.setattr(CudaAttention, "_called", lambda *args: calls.append(1) or called(*args))
     for rule in (Rule(0, 0), Rule(0, 1e18)):
         monkeypatch.setattr("kernel_cuda.attention.CudaAttention", partial(CudaAttention, rule=rule))
-        outputs.append(run(model, "cuda", asked, dtype="bfloat16", max_tokens_per_step=24))
+        outputs.append(
+            run(model, "cuda", asked, dtype="bfloat16", max_tokens_per_step=24, plugins={"cuda": {"mixed_flash": True}})
+        )
         assert bool(calls) == (not rule.launches)
         calls.clear()
     for number, expected in outputs[1].items():

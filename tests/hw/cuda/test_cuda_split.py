@@ -318,7 +318,7 @@ class TestKernels:
     @gpu
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_torch_has_what_is_promised_of_flash(self, device, dtype):
-        assert flash.works(device, dtype)
+        assert flash.works(device, dtype, True) and flash.works(device, dtype, False)
 
     @gpu
     @pytest.mark.parametrize("dim", [16, 64, 80, 128, 192, 256])
