@@ -54,6 +54,17 @@ function scroll() {
   box.scrollTop = box.scrollHeight;
 }
 
+// Measuring the page for every token of a fast answer would leave no time for anything else, such as the Stop button.
+let awaited = false;
+function scrollWithFrame() {
+  if (awaited) return;
+  awaited = true;
+  requestAnimationFrame(() => {
+    awaited = false;
+    scroll();
+  });
+}
+
 function ask(text) {
   text = text.trim();
   if (!text || running) return;
@@ -125,7 +136,7 @@ class Answer {
     }
     for (const call of calls ?? []) this.call(call);
     this.ending = choice.finish_reason ?? this.ending;
-    scroll();
+    scrollWithFrame();
   }
 
   think(text) {
