@@ -104,16 +104,38 @@ int64_t mass_of(const Row &row, float floor) {
     return sum;
 }
 
+// Floats as integers of the same order, and back.
+uint32_t ordered(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+float from_ordered(uint32_t u) {
+    u = u & 0x80000000u ? u & 0x7fffffffu : ~u;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+// The largest value of which it is true that all that is as large weighs `wanted`: where that is too much to be put in order.
+float heavy_enough(const Row &row, float floor, double wanted) {
+    uint32_t low = ordered(std::max(floor, row.best - 88.0f)), high = ordered(row.best);  // below, nothing weighs anything
+    while (low < high) {
+        uint32_t middle = low + (high - low + 1) / 2;
+        if ((double)mass_of(row, from_ordered(middle)) >= wanted) low = middle;
+        else high = middle - 1;
+    }
+    return from_ordered(low);
+}
+
 // The smallest value that top_k, then top_p keep of what is at least `floor`.
 float lowest_kept(const Row &row, float floor, long top_k, float top_p) {
     const bool by_rank = top_k > 0;
     const long needed = by_rank ? std::min(top_k, row.width) : 0;
     int64_t total = by_rank || top_p >= 1 ? 0 : mass_of(row, floor);
-    std::vector<long> looks(std::begin(kLooks), std::end(kLooks));
-    looks.push_back(row.width);
-    for (long look : looks) {
+    for (long look : {kLooks[0], kLooks[1], kLooks[2], needed}) {
+        if (look < needed || look == 0 || (!by_rank && look > row.blocks)) continue;
         look = std::min(look, row.width);
-        if (look < needed) continue;
         std::vector<Entry> order = best_of(row, look);
         float least = by_rank ? std::max(floor, order[needed - 1].value) : floor;
         if (top_p >= 1) return least;
@@ -127,7 +149,7 @@ float lowest_kept(const Row &row, float floor, long top_k, float top_p) {
             if ((double)mass >= wanted) return std::max(least, order[i].value);
         }
     }
-    return floor;
+    return heavy_enough(row, floor, (double)top_p * (double)total);
 }
 
 // The tokens of at least `floor` whose noisy logits may be the largest, ascending. → how many; more than `room`: not all are entered.
