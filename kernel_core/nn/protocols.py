@@ -419,7 +419,10 @@ class Drafter(Protocol):
 
     width: int  # most drafts a row
     taps: tuple[str, ...]
-    lookback: int  # target states needed before the first new token; after a prefix hit that many tokens are computed again
+    lookback: (
+        int  # target states needed before the first new token; after a prefix hit that many tokens are computed again. 0: it
+    )
+    # reads none at all, and `DraftView.hidden` may have few of them
     needs_host: bool
     tree: bool  # False: parents are always the chain's (j - 1)
     length: DraftLength | None  # None: as many as it likes

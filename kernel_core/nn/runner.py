@@ -7,6 +7,7 @@ The runner is an assembly of parts; a device replaces a part by name (`Device.ru
     graphs        (module, *others whose weights it reads) → callable as the module, Forward and further tensors → tensors that
                   are the caller's, e.g. one that replays captured graphs; for the model and for the layers of a drafter
     sampler       (slots, vocab_size, logprobs_mode) → like `sampler.Sampler`
+    small_ops     () → a context manager, entered for what a step computes after the model
     mask          () → like `transforms.mask_bits`
     acceptance    (slots, tables, kv, tree) → like `verify.Acceptance`
     drafting      (slots, tables, kv, tree, the drafter's layers, vocab_size) → like `passes.Drafting`
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -47,6 +49,7 @@ PARTS: Mapping[str, Callable[..., Any]] = {
     "graphs": lambda module, *others: module,
     "sampler": Sampler,
     "mask": lambda: mask_bits,
+    "small_ops": nullcontext,
     "acceptance": Acceptance,
     "drafting": Drafting,
     "steady": lambda runner: None,
@@ -97,6 +100,7 @@ class Runner:
         self._going_on: list[tuple[Job, LongJob]] = []
         self._unsettled: list[Pending] = []  # steps whose outcome host transforms have not learnt yet
         self._lost = np.zeros(slots, bool)  # slots with a row that was not computed; plans name them until they are closed
+        self._small_ops = parts["small_ops"]
         self._steady = parts["steady"](self)
 
     # ---- the step
@@ -167,7 +171,7 @@ class Runner:
         step = self.inputs.build(plan)
         forward = self._forward_arguments(step)
         forward.tapped = bool(drafter and drafter.taps)
-        if drafter is None:
+        if drafter is None or not drafter.lookback:
             forward.read = self._read(step)
         clock.lap("inputs")
         hidden = self.graphs(forward)
@@ -175,14 +179,15 @@ class Runner:
         prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.mode, self.vocab_size)
         masks = self._host_turn(step.layout)
         narrowed = forward.read is not None and len(hidden) == len(forward.read)
-        sampled = self._sample(step, hidden if narrowed else hidden[step.logits_token], masks)
-        verified = self.acceptance(step, sampled)
-        clock.lap("sample")
-        waiting = None
-        if drafter is not None:
-            view = self.drafting.view(step, verified, hidden, forward.taps)
-            waiting = self.drafting.keep(view, *drafter.propose(view))
-        clock.lap("propose")
+        with self._small_ops():
+            sampled = self._sample(step, hidden if narrowed else hidden[step.logits_token], masks)
+            verified = self.acceptance(step, sampled)
+            clock.lap("sample")
+            waiting = None
+            if drafter is not None:
+                view = self.drafting.view(step, verified, hidden, forward.taps)
+                waiting = self.drafting.keep(view, *drafter.propose(view))
+            clock.lap("propose")
         download = Download(self._report(step, verified, waiting, sampled, prompt), self.device)
         logprobs = sampled.logprobs if sampled else None
         pending = Pending(plan, step.layout, download, logprobs, prompt, acks, clock.done(), self.settle)

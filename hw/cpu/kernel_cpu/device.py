@@ -13,7 +13,7 @@ from kernel_core.api import Capabilities, PluginError
 from kernel_core.nn.api import MemoryReport
 from kernel_cpu import build, threads
 from kernel_cpu.replay import Replay
-from kernel_cpu.sampling import HostSampler, mask_bits
+from kernel_cpu.sampling import HostSampler, mask_bits, one_thread
 from kernel_cpu.steady import SteadySteps
 from kernel_cpu.steps import HostAcceptance, HostDrafting, HostInputs
 
@@ -49,7 +49,7 @@ class CpuDevice:
         return MemoryReport(total, free, kv_limit=int(free * self._kv_share))
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
-        parts: dict[str, Callable[..., Any]] = {"sampler": HostSampler, "mask": lambda: mask_bits}
+        parts: dict[str, Callable[..., Any]] = {"sampler": HostSampler, "mask": lambda: mask_bits, "small_ops": one_thread}
         parts |= {"step_inputs": HostInputs, "acceptance": HostAcceptance, "drafting": HostDrafting, "steady": SteadySteps}
         return parts | {"graphs": Replay} if self._replays else parts
 

@@ -37,8 +37,7 @@ def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
 
 
 class HostSampler(Sampler):
-    """Gives the tokens of `Sampler`. Its ops of torch run on one thread: a second one would have to be woken for each, and
-    would then spin where the kernels' threads want to work."""
+    """Gives the tokens of `Sampler`."""
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts, argmax=pointwise.argmax, draw=draw)
@@ -115,7 +114,8 @@ def mask_bits(logits: Tensor, index: Tensor, words: Tensor) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Ops of torch run on the calling thread alone."""
+    """Ops of torch run on the calling thread alone: the part "small_ops". A second one would have to be woken for each, and would
+    then spin where the threads of the next model's kernels want to work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

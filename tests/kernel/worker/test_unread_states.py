@@ -38,14 +38,17 @@ def test_of_a_chunk_that_samples_nothing_one_token_goes_on(byte_model):
     assert seen[0][1] <= 2 and tokens(outputs) == tokens(run(byte_model)[0])
 
 
-@pytest.mark.parametrize(
-    ("params", "options"),
-    [
-        (SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, prompt_logprobs=1), {}),
-        (greedy, {"plugins": {"ngram": {"adaptive": False}}}),
-    ],
-    ids=["prompt logprobs", "a drafter"],
-)
-def test_where_all_states_are_read_all_are_computed(byte_model, params, options):
-    outputs, seen = run(byte_model, params, **options)
+def test_where_all_states_are_read_all_are_computed(byte_model):
+    asked = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, prompt_logprobs=1)
+    outputs, seen = run(byte_model, asked)
     assert seen[0] == [123, 123] and tokens(outputs) == tokens(run(byte_model)[0])
+
+
+@pytest.mark.parametrize(
+    ("plugins", "last"),
+    [({"eagle": {"head": "tiny-chat-eagle", "adaptive": False}}, 123), ({"ngram": {"adaptive": False}}, 2)],
+    ids=["reads states", "reads tokens"],
+)
+def test_a_drafter_that_reads_states_gets_all(plugins, last):
+    outputs, seen = run("tiny-chat", plugins=plugins)
+    assert seen[0] == [123, last] and tokens(outputs) == tokens(run("tiny-chat")[0])
