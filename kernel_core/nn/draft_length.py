@@ -30,6 +30,7 @@ RENEW = 0.1  # weight of a newer measurement of time
 FORGET = 0.95  # weight of what was accepted, with each newer step
 ROUNDS = 4  # the threshold depends on the choice and is found by iteration
 LIMIT = 8  # of the debt, in steps without the drafter
+MARGIN = 0.95  # of the time without the drafter that tokens may take with it, or it does not pay: the former is an estimate
 SHARE = 0.005  # of the time without the drafter that pays the debt
 GLANCE = 16  # steps without the drafter, of which one is timed
 PRIOR = (2.0, 3.0)  # accepted, drafted: what a request starts from, together with the average of all
@@ -191,9 +192,9 @@ class DraftLength:
         drafts = int(outcome.drafted.sum()) + outcome.proposed
         lost = outcome.own
         if outcome.decode_only:
-            lost = outcome.seconds - without if drafts else lost + cost.saved
+            lost = outcome.seconds - MARGIN * without if drafts else lost + cost.saved
         lost = min(lost, 4 * (fixed + each * drafts))  # more was a disturbance
-        self._debt = max(self._debt + lost - without * int(outcome.accepted.sum()) / rows, 0.0)
+        self._debt = max(self._debt + lost - MARGIN * without * int(outcome.accepted.sum()) / rows, 0.0)
         if self._debt > LIMIT * without and not self._sleeping:
             self._sleeping = True
             if self.keeps_up:
