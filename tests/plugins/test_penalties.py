@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_penalties.request import PenaltyFields, Preparer
-from kernel_penalties.transform import Penalties
+from kernel_penalties.transform import Penalties, occurred
 from pydantic import ValidationError
 
 from kernel_core.api import Opened, Prepared, SamplingParams, SamplingRow, decode, encode
@@ -76,6 +76,31 @@ def test_each_row_follows_the_definition(prompts):
 def test_rows_are_worked_on_in_parts(monkeypatch):
     monkeypatch.setattr("kernel_penalties.transform.COUNTS_AT_ONCE", V)
     test_each_row_follows_the_definition()
+
+
+def test_a_step_leaves_nothing_to_the_next_even_where_it_found_no_memory(monkeypatch):
+    transform, rows = Penalties("penalties", 8, V, CPU), step_of([(0, [1, 2], [3, 3, 4], [3])])
+    payloads = {"penalties": encode({"presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.2})}
+    transform.opened(Opened(0, "r", np.zeros(1, np.int32), 0, 0, SamplingRow(), payloads))
+    first = transform.apply(torch.zeros(1, V), rows)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("kernel_penalties.transform.occurred", lambda *given, of=occurred: Refusing.of(*of(*given)))
+        transform.apply(torch.zeros(1, V), rows)
+    assert torch.equal(transform.apply(torch.zeros(1, V), rows), first)
+
+
+class Refusing(torch.Tensor):
+    """Tokens with which no memory is found for how often they occur."""
+
+    @classmethod
+    def of(cls, tokens, output):
+        return tokens.as_subclass(cls), output
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.gather:
+            raise torch.OutOfMemoryError("none is left")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def prepare(**fields) -> dict[str, bytes]:

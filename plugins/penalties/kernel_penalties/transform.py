@@ -53,10 +53,11 @@ class Penalties(LogitsTransform):
         """How often each of the tokens [n, P] is among the counted ones of its row [n, P] bool → [n, P] int32."""
         if len(tokens) > len(self._counts):
             self._counts = torch.zeros(len(tokens), self.vocab_size, dtype=torch.int32, device=self.device)
-        counts = self._counts[: len(tokens)].scatter_add_(1, tokens, counted.int())
-        times = counts.gather(1, tokens)
-        counts.scatter_(1, tokens, 0)
-        return times
+        counts = self._counts[: len(tokens)]
+        try:
+            return counts.scatter_add_(1, tokens, counted.int()).gather(1, tokens)
+        finally:  # also where there was no memory for the result, as the engine goes on then
+            counts.scatter_(1, tokens, 0)
 
 
 def occurred(step: StepView, index: Tensor) -> tuple[Tensor, Tensor]:
