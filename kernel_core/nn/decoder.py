@@ -206,8 +206,7 @@ class Decoder(nn.Module):
             x = torch.where(fwd.embeds_mask[:, None], fwd.embeds.to(x.dtype), x)
         self.taps(fwd, "embedding", x)
         for index, layer in enumerate(self.layers):
-            last = fwd.read is not None and index + 1 == len(self.layers)
-            x, residual = layer(x, residual, fwd, fwd.read) if last else layer(x, residual, fwd)
+            x, residual = layer(x, residual, fwd, fwd.read if index + 1 == len(self.layers) else None)
             self.taps(fwd, f"layers.{index}", x, residual)
         x, _ = self.norm(x, residual)
         self.taps(fwd, "norm", x)

@@ -22,9 +22,9 @@ import numpy as np
 from kernel_core.plan import Opened, StepPlan
 
 PROBE_AFTER, PROBE_AT_LEAST = 64, 1024  # steps until one that measures what is not in use; doubled while nothing changes
-WEIGH_AFTER = 8 * PROBE_AT_LEAST  # steps until what the drafter's presence costs is weighed again
-WEIGHABLE = 0.01  # seconds of a step
 PROBE_ROWS = 4  # of them draft in such a step
+WEIGH_AFTER = 8 * PROBE_AT_LEAST  # steps until what the drafter's presence costs is weighed again
+WEIGHABLE = 0.01  # seconds of a step, at most
 FIRST = 5  # steps of each kind before anything is decided
 RENEW = 0.1  # weight of a newer measurement of time
 FORGET = 0.95  # weight of what was accepted, with each newer step
@@ -123,8 +123,10 @@ class DraftLength:
 
     def asks(self, plan: StepPlan) -> bool:
         """Is the drafter to be asked in this step? Rate: step, before it."""
-        if self._sleeping or self.keeps_up:
-            return not self._sleeping and (not self._behind.any() or bool((self._open & ~self._behind).any()))
+        if self._sleeping:
+            return False
+        if self.keeps_up:
+            return not self._behind.any() or bool((self._open & ~self._behind).any())
         cost = self._cost(len(plan.rows))
         if not cost.off or (plan.room > 1).any():
             return True

@@ -7,6 +7,7 @@ counts or on tokens is gathered on the device, so that nothing here makes the ho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from kernel_core.plan import KVGroup, StepPlan
 class Layout:
     """The shape of a step, on the host. T tokens: `row`, `index` (within the row), `draft` (its draft number, negative for
     known tokens). N logits rows: `logits_row`, `logits_slot`, `logits_draft` (0: after the last known token, j: after
-    draft j), `logits_token` (index into the T tokens). `width`: most drafts a row."""
+    draft j), `logits_token` (index into the T tokens). `width`: most drafts a row; `fresh`: no row has KV from earlier steps."""
 
     q_start: np.ndarray
     row: np.ndarray
@@ -35,6 +36,7 @@ class Layout:
     width: int
     max_q: int
     max_kv: int
+    fresh: bool
 
 
 def layout(plan: StepPlan) -> Layout:
@@ -58,6 +60,7 @@ def layout(plan: StepPlan) -> Layout:
         width=max(int(room.max()) - 1, 0),
         max_q=int(q.max()),
         max_kv=int((np.asarray(plan.start) + q).max()),
+        fresh=not (room > 1).any() and not np.any(plan.start),
     )
 
 
@@ -81,11 +84,9 @@ class Step:
     logits_token: Tensor
 
 
-def draft_paths(parents: Tensor, tree: bool) -> Tensor:
+def draft_paths(parents: Tensor) -> Tensor:
     """parents [R, m] → [R, m, m] bool: entry (d, a) says that draft a is d itself or one that d continues."""
     rows, width = parents.shape
-    if not tree:
-        return torch.ones(width, width, dtype=torch.bool, device=parents.device).tril().expand(rows, -1, -1)
     path = torch.eye(width, dtype=torch.bool, device=parents.device).repeat(rows, 1, 1)
     for d in range(1, width):
         parent = parents[:, d].long()
@@ -110,6 +111,17 @@ class StepInputBuilder:
 
     def __init__(self, slots: SlotTable, tables: BlockTables, groups: tuple[KVGroup, ...], tree: bool) -> None:
         self.slots, self.tables, self.groups, self.tree = slots, tables, groups, tree
+        self._chain = torch.ones(slots.draft_width, slots.draft_width, dtype=torch.bool, device=slots.device).tril()
+
+    def chain_paths(self, rows: int, width: int) -> Tensor:
+        """`draft_paths` of chains."""
+        return self._chain[:width, :width].expand(rows, -1, -1)
+
+    def of_slots(self, shape: Layout) -> dict[str, Any]:
+        """The fields of a `StepView` that no step has to make."""
+        state = self.slots
+        held = {"history": state.tokens, "known": state.known, "num_prompt": state.num_prompt}
+        return held | {"host_slot": shape.logits_slot, "max_len": min(shape.max_kv, state.max_len)}
 
     def build(self, plan: StepPlan) -> Step:
         """Make the step's tensors from the slots as the steps before leave them. Rate: step."""
@@ -123,7 +135,7 @@ class StepInputBuilder:
             within = upload(width, state.device)[None, :] < on["room"][:, None] - 1
             drafts = torch.where(within, drafts, -1)
         parents = state.parents[rows, : shape.width]
-        path = draft_paths(parents, self.tree)
+        path = draft_paths(parents) if self.tree else self.chain_paths(len(rows), shape.width)
         token_ids, positions, absent = self._tokens(on, shape, known, computed, drafts, path)
         view = self._view(on, shape, known, computed, token_ids, positions, drafts, path)
         batches = self._attention(plan, on, shape, view, computed, absent, path)
@@ -179,11 +191,7 @@ class StepInputBuilder:
             position=known[row].long() + (before >= 0).sum(-1) if shape.width else known[row].long(),
             ancestors=before,
             drafts=drafts,
-            history=state.tokens,
-            known=state.known,
-            num_prompt=state.num_prompt,
-            host_slot=shape.logits_slot,
-            max_len=min(shape.max_kv, state.max_len),
+            **self.of_slots(shape),
         )
 
     def _attention(
@@ -202,7 +210,6 @@ class StepInputBuilder:
         masked = masked if absent is None else masked | absent
         branching = bool(self.tree and shape.width)
         sees = self._tree_mask(on, shape, path) if branching else None
-        fresh = not shape.width and not np.any(plan.start)
         batches = []
         for number, group in enumerate(self.groups):
             table = self.tables.rows(number, view.rows, shape.max_kv)
@@ -218,7 +225,7 @@ class StepInputBuilder:
                     shape.max_kv,
                     _near(sees, view, on, group.window),
                     view.positions[0] if branching else None,
-                    fresh,
+                    shape.fresh,
                 )
             )
         return batches

@@ -36,8 +36,7 @@ class Drafting:
         rows, accepted = step.view.rows, verified.accepted
         known = self.slots.known[rows]
         path = states_of_path(step, verified)
-        most, slots = torch.clamp(self.slots.max_drafts[rows], max=self.slots.draft_width), np.asarray(step.plan.rows, np.int64)
-        sampled = np.asarray(step.plan.room) > 0
+        most = torch.clamp(self.slots.max_drafts[rows], max=self.slots.draft_width)
         return DraftView(
             step.view,
             accepted.int(),
@@ -47,11 +46,15 @@ class Drafting:
             wanted=(torch.minimum((self.slots.max_len - known - 1).clamp(min=0), most) * (step.room > 0)).int(),
             known=known,
             path=path,
-            host_slots=slots,
-            host_sampled=sampled,
-            host_most=np.where(sampled, self.slots.host["max_drafts"][slots], 0),
             passes=Passes(self, step, accepted, path),
+            **self.on_host(step),
         )
+
+    def on_host(self, step: Step) -> dict[str, np.ndarray]:
+        """The fields of a `DraftView` that the host has."""
+        slots, sampled = np.asarray(step.plan.rows, np.int64), np.asarray(step.plan.room) > 0
+        most = np.where(sampled, self.slots.host["max_drafts"][slots], 0)
+        return {"host_slots": slots, "host_sampled": sampled, "host_most": most}
 
     def keep(self, view: DraftView, tokens: Tensor, parents: Tensor, count: Tensor) -> Tensor:
         """Enter what the drafter proposed into the slots → drafts waiting [R]. Rate: as `view`."""
@@ -124,7 +127,7 @@ class Passes:
         (count, nodes), device = tokens.shape, self.slots.device
         row = torch.arange(count, device=device).repeat_interleave(nodes)
         index = torch.arange(nodes, device=device).repeat(count)
-        path = draft_paths(parents, True)
+        path = draft_paths(parents)
         positions = (self.known[:, None] + path.sum(-1) - 1).flatten()
         place = self.known[row] + index
         begin = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes

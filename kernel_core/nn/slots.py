@@ -96,7 +96,11 @@ class BlockTables:
 
     def rows(self, group: int, slots: Tensor, max_kv: int) -> Tensor:
         """The tables of some slots, wide enough for `max_kv` tokens → [R, B'] int32."""
-        return self.tables[group][slots, : -(-max_kv // self.block_size)]
+        return self.tables[group][slots, : self.columns(max_kv)]
+
+    def columns(self, max_kv: int) -> int:
+        """How many columns hold `max_kv` tokens, or as many as there are."""
+        return min(-(-max_kv // self.block_size), self.tables[0].shape[1])
 
     def kv_slots(self, table: Tensor, row: Tensor, position: Tensor) -> Tensor:
         """Cache slots (block * block_size + offset) int64 of positions [n] of rows [n] of a `rows()` table."""

@@ -201,7 +201,6 @@ SIGNATURES = {
     "kc_gate": "iiplpll",
     "kc_gather": "plpllpl",
     "kc_argmax": "iplpll",
-    "kc_draw": "pppplll",
     "kc_mask": "plppll",
     "kc_sample": "iplpppppppppplll",
     "kc_rank": "pppppplll",

@@ -1,5 +1,5 @@
-"""Sampling over the whole vocabulary: the runner part "sampler", with a few passes over a row in the kernels instead of dozens of
-torch ops over all rows."""
+"""Sampling over the whole vocabulary: the runner part "sampler", with a few passes over a row in the kernels instead of dozens
+of torch ops over all rows. The kernels find the tokens that can win; the definition's own arithmetic decides between them."""
 
 from __future__ import annotations
 
@@ -11,44 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_core.nn.api import Layout, LogprobColumns, Sampled, Sampler, StepView, draw_among
-from kernel_core.nn.api import draw as plain_draw
+from kernel_core.nn.api import Layout, LogprobColumns, Sampler, StepView, draw_among
 from kernel_core.nn.api import mask_bits as plain_mask_bits
 from kernel_cpu import build, pointwise
 
 ROOM = 16  # tokens of a row that may be as good as tied
 
 
-def draw(logits: Tensor, key: Tensor, position: Tensor) -> Tensor:
-    """The kernel's draw, token for token: logits [n, V] fp32, key int32 [n, 2], position int64 [n] → int64 [n].
-
-    The kernels find the tokens that can win; the kernel's own arithmetic decides between them."""
-    kernels = build.library()
-    if kernels is None or not len(logits):
-        return plain_draw(logits, key, position)
-    logits, key, position = logits.contiguous(), key.contiguous(), position.to(torch.int64).contiguous()
-    found = torch.empty(len(logits), ROOM, dtype=torch.int64)
-    pointers = (x.data_ptr() for x in (logits, key, position, found))
-    count = kernels.kc_draw(*pointers, ROOM, *logits.shape)
-    if not count:
-        return plain_draw(logits, key, position)
-    tokens = found[:, :count]
-    return draw_among(logits.gather(1, tokens), tokens, key, position)
-
-
 class HostSampler(Sampler):
     """Gives the tokens of `Sampler`."""
 
     def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts, argmax=pointwise.argmax, draw=draw)
-
-    def __call__(self, *given: Any) -> Sampled:
-        with one_thread():
-            return super().__call__(*given)
+        super().__init__(*parts, argmax=pointwise.argmax)
 
     def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
         kernels, random = build.library(), np.flatnonzero(self.slots.host["temperature"][host_slot] > 0)
-        if kernels is None or logits.dtype not in (torch.bfloat16, torch.float32):
+        if kernels is None:
             super()._draw(logits, draws, view, host_slot)
         elif len(random):
             tied = self._draw_rows(kernels, logits, draws, view, host_slot, random)

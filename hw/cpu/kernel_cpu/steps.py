@@ -18,6 +18,7 @@ from kernel_core.nn.api import (
     Drafting,
     DraftView,
     Forward,
+    Layout,
     Passes,
     Sampled,
     SlotTable,
@@ -31,7 +32,7 @@ from kernel_core.nn.api import (
 tensor = torch.from_numpy
 
 
-def _blocks(table: np.ndarray, row: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
+def cache_slots(table: np.ndarray, row: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
     """Cache slots of positions `place` [n] of the rows `row` [n] of a block table, int64 [n]."""
     column = np.minimum(place // size, table.shape[1] - 1)
     return table[row, column].astype(np.int64) * size + place % size
@@ -50,8 +51,7 @@ class HostInputs(StepInputBuilder):
 
     def __init__(self, *parts: object) -> None:
         super().__init__(*parts)
-        self._host, width = SlotArrays(self.slots), self.slots.draft_width
-        self._chain = torch.ones(width, width, dtype=torch.bool).tril()
+        self._host = SlotArrays(self.slots)
 
     def build(self, plan: StepPlan) -> Step:
         shape = layout(plan)
@@ -82,36 +82,22 @@ class HostInputs(StepInputBuilder):
             position=tensor(known[shape.logits_row] + shape.logits_draft),
             ancestors=tensor(np.where(number < shape.logits_draft[:, None], number, -1).astype(np.int32)),
             drafts=tensor(drafts),
-            history=self.slots.tokens,
-            known=self.slots.known,
-            num_prompt=self.slots.num_prompt,
-            host_slot=shape.logits_slot,
-            max_len=min(shape.max_kv, self.slots.max_len),
+            **self.of_slots(shape),
         )
-        fresh = not shape.width and not np.any(plan.start)
-        batches = self._batches(view, rows, row, place, masked, shape.max_q, shape.max_kv, fresh)
+        batches = self._batches(view, shape, rows, place, masked)
         counts = tensor(known), tensor(computed), tensor(room), tensor(write_from)
-        parents, path = self._host.parents[rows, : shape.width], self._chain[: shape.width, : shape.width]
-        paths = path.expand(len(rows), -1, -1)
+        parents, paths = self._host.parents[rows, : shape.width], self.chain_paths(len(rows), shape.width)
         return Step(plan, shape, view, batches, *counts, tensor(parents), paths, tensor(shape.logits_token))
 
     def _batches(
-        self,
-        view: StepView,
-        rows: np.ndarray,
-        row: np.ndarray,
-        place: np.ndarray,
-        masked: np.ndarray,
-        max_q: int,
-        max_kv: int,
-        fresh: bool,
+        self, view: StepView, shape: Layout, rows: np.ndarray, place: np.ndarray, masked: np.ndarray
     ) -> list[AttentionBatch]:
-        batches, size = [], self.tables.block_size
+        batches, columns = [], self.tables.columns(shape.max_kv)
         for group, own in zip(self.groups, self.tables.tables, strict=True):
-            table = np.ascontiguousarray(own.numpy()[rows, : -(-max_kv // size)])
-            slots = tensor(np.where(masked, -1, _blocks(table, row, place, size)))
-            where = tensor(table), slots, group.block_size
-            batches.append(AttentionBatch(view.q_start, view.lens, *where, max_q, max_kv, None, None, fresh))
+            table = np.ascontiguousarray(own.numpy()[rows, :columns])
+            slots = tensor(np.where(masked, -1, cache_slots(table, shape.row, place, self.tables.block_size)))
+            where = tensor(table), slots, group.block_size, shape.max_q, shape.max_kv
+            batches.append(AttentionBatch(view.q_start, view.lens, *where, None, None, shape.fresh))
         return batches
 
 
@@ -172,7 +158,7 @@ class HostDrafting(Drafting):
     def view(self, step: Step, verified: Verified, hidden: Tensor, taps: Mapping[str, Tensor]) -> DraftView:
         if self.tree:
             return super().view(step, verified, hidden, taps)
-        rows, accepted, sampled = step.view.rows.numpy(), verified.accepted.numpy(), step.room.numpy() > 0
+        rows, accepted = step.view.rows.numpy(), verified.accepted.numpy()
         known, passes = self.host.known[rows], HostPasses(self, step, verified)
         room = np.minimum(np.maximum(self.slots.max_len - known - 1, 0), self.slots.draft_width)
         return DraftView(
@@ -181,13 +167,11 @@ class HostDrafting(Drafting):
             last_token=tensor(self.host.tokens[rows, known - 1].astype(np.int64)),
             hidden=hidden,
             taps=taps,
-            wanted=tensor((np.minimum(room, self.host.max_drafts[rows]) * sampled).astype(np.int32)),
+            wanted=tensor((np.minimum(room, self.host.max_drafts[rows]) * (step.room.numpy() > 0)).astype(np.int32)),
             known=tensor(known),
             path=passes.path,
-            host_slots=rows,
-            host_sampled=sampled,
-            host_most=np.where(sampled, self.slots.host["max_drafts"][rows], 0),
             passes=passes,
+            **self.on_host(step),
         )
 
     def keep(self, view: DraftView, tokens: Tensor, parents: Tensor, count: Tensor) -> Tensor:
@@ -261,8 +245,8 @@ class HostPasses(Passes):
         bounds: Sequence[Tensor] = tensor(begin), tensor(kv_len.astype(np.int32))
         batches: list[AttentionBatch | None] = [None] * len(kv.groups)
         for number in self.parts.groups:
-            table = np.ascontiguousarray(tables.tables[number].numpy()[self._rows, : -(-max_kv // size)])
-            slots = _blocks(table, row, place, size)
+            table = np.ascontiguousarray(tables.tables[number].numpy()[self._rows, : tables.columns(max_kv)])
+            slots = cache_slots(table, row, place, size)
             slots[~valid | (slots < size)] = -1
             batches[number] = AttentionBatch(*bounds, tensor(table), tensor(slots), size, max_q, max_kv)
         return kv.plans(batches, self.parts.layers)

@@ -62,8 +62,8 @@ class CudaAttention:
     CUDA graph; launch sizes follow from the shapes of the batch, `max_q` and `max_kv` alone.
 
     `dtype`: of the queries, the model's. `fp8`: KV is kept as e4m3 numbers with a float32 scale per token and head. `attend`: in
-    the place of torch's flash attention, where that does not run. `mixed`: rows go there
-    also from steps that are not all whole prompts, by the `rule`."""
+    the place of torch's flash attention, where that does not run. `mixed`: by the `rule`, rows go there also from steps that are
+    not all whole prompts."""
 
     priority = 100
 

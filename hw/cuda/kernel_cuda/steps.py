@@ -3,7 +3,7 @@ every array means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,16 +28,11 @@ from kernel_core.nn.api import (
     Verified,
     layout,
     upload,
+    upload_columns,
 )
 from kernel_cuda.kernels import drafts as kernels
 
 BLOCK = 128  # tokens, or columns of a block table, that a program looks at
-
-
-def _uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Host arrays as int64, in one copy."""
-    flat = upload(np.concatenate([np.asarray(array, np.int64) for array in arrays]), device)
-    return list(flat.split([len(array) for array in arrays]))
 
 
 def _wide(*shape: int, device: torch.device) -> Tensor:
@@ -75,17 +70,16 @@ class FusedInputs(StepInputBuilder):
         if self.tree and shape.width:
             return super().build(plan)
         first = np.concatenate([[0], np.cumsum(plan.room, dtype=np.int64)])
-        columns = plan.rows, shape.q_start, plan.room, plan.write_from, first
-        slots, q_start, room, write_from, first = _uploaded(columns, self.slots.device)
+        columns = {"rows": plan.rows, "q_start": shape.q_start, "room": plan.room, "write_from": plan.write_from, "first": first}
+        slots, q_start, room, write_from, first = upload_columns(columns, self.slots.device).values()
         view, step = self._rows(plan, shape, slots, q_start, room, first)
         batches = []
         for number, group in enumerate(self.groups):
             kv_slots, table = self._tokens_of(number, slots, q_start, room, write_from, view, shape)
-            where = table, kv_slots, group.block_size
-            fresh = not shape.width and not np.any(plan.start)
-            batches.append(AttentionBatch(view.q_start, view.lens, *where, shape.max_q, shape.max_kv, None, None, fresh))
+            where = table, kv_slots, group.block_size, shape.max_q, shape.max_kv
+            batches.append(AttentionBatch(view.q_start, view.lens, *where, None, None, shape.fresh))
         known, computed, parents, logits_token = step
-        path = torch.ones(shape.width, shape.width, dtype=torch.bool, device=slots.device).tril().expand(len(slots), -1, -1)
+        path = self.chain_paths(len(slots), shape.width)
         return FusedStep(plan, shape, view, batches, known, computed, room, write_from, parents, path, logits_token, first)
 
     def _rows(
@@ -116,11 +110,7 @@ class FusedInputs(StepInputBuilder):
             position=position,
             ancestors=before,
             drafts=drafts,
-            history=state.tokens,
-            known=state.known,
-            num_prompt=state.num_prompt,
-            host_slot=shape.logits_slot,
-            max_len=min(shape.max_kv, state.max_len),
+            **self.of_slots(shape),
         )
         return view, (known, computed, parents, logits_token)
 
@@ -129,7 +119,7 @@ class FusedInputs(StepInputBuilder):
     ) -> tuple[Tensor, Tensor]:
         """KV slots of the tokens and the rows' tables in a group; with the first one, ids and positions."""
         state, table, size = self.slots, self.tables.tables[group], self.tables.block_size
-        columns = min(-(-shape.max_kv // size), table.shape[1])
+        columns = self.tables.columns(shape.max_kv)
         kv_slots = _wide(int(shape.q_start[-1]), device=slots.device)
         gathered = _narrow(len(slots), columns, device=slots.device)
         kernels.tokens_of_rows[(len(slots), triton.cdiv(max(shape.max_q, columns), BLOCK))](
@@ -184,7 +174,6 @@ class FusedDrafting(Drafting):
             accepted, last_token, wanted, known, path, settled, counted, known_wide, sampled.view(torch.int8),
             width, state.draft_width, state.tokens.stride(0), state.max_len, W=triton.next_power_of_2(1 + width), num_warps=1,
         )  # fmt: skip
-        slots, gains = np.asarray(step.plan.rows, np.int64), np.asarray(step.plan.room) > 0
         return DraftView(
             step.view,
             accepted,
@@ -194,10 +183,8 @@ class FusedDrafting(Drafting):
             wanted=wanted,
             known=known,
             path=path,
-            host_slots=slots,
-            host_sampled=gains,
-            host_most=np.where(gains, state.host["max_drafts"][slots], 0),
             passes=FusedPasses(self, step, path, settled, counted, known_wide, sampled),
+            **self.on_host(step),
         )
 
     def keep(self, view: DraftView, tokens: Tensor, parents: Tensor, count: Tensor) -> Tensor:
@@ -230,9 +217,10 @@ class FusedPasses(Passes):
         ids, positions, row, source = (_wide(total, device=on) for _ in range(4))
         last, starts, lens = _wide(rows, device=on), _narrow(rows + 1, device=on), _narrow(rows, device=on)
         batches: list[AttentionBatch | None] = [None] * len(self.parts.kv.groups)
-        max_kv, size = step.layout.max_kv + 1, self.parts.tables.block_size
+        max_kv, tables = step.layout.max_kv + 1, self.parts.tables
+        size, columns = tables.block_size, tables.columns(max_kv)
         for group in self.parts.groups:
-            table, columns = self._table(group, max_kv)
+            table = tables.tables[group]
             kv_slots, gathered = _wide(total, device=on), _narrow(rows, columns, device=on)
             kernels.catch_up[(rows, triton.cdiv(max(longest, columns), BLOCK))](
                 self.rows, step.view.q_start, begin, step.write_from, step.computed, step.view.lens, self.settled, self.counted,
@@ -248,9 +236,10 @@ class FusedPasses(Passes):
         rows, on, max_kv = len(self.rows), self.slots.device, self._ahead(number + 1)
         ids, positions, lens = _wide(rows, device=on), _wide(rows, device=on), _narrow(rows, device=on)
         batches: list[AttentionBatch | None] = [None] * len(self.parts.kv.groups)
-        size = self.parts.tables.block_size
+        tables = self.parts.tables
+        size, columns = tables.block_size, tables.columns(max_kv)
         for group in self.parts.groups:
-            table, columns = self._table(group, max_kv)
+            table = tables.tables[group]
             kv_slots, gathered = _wide(rows, device=on), _narrow(rows, columns, device=on)
             kernels.advance[(rows, triton.cdiv(columns, BLOCK))](
                 self.rows, self.known, self.sampled.view(torch.int8), tokens, table, ids, positions, kv_slots, gathered, lens,
@@ -260,8 +249,3 @@ class FusedPasses(Passes):
         forward = Forward(ids, positions, self.parts.kv.kv, self.parts.kv.plans(batches, self.parts.layers))
         row = self._ramp[:-1]
         return DraftBatch(forward, row, row, row.new_zeros(0))
-
-    def _table(self, group: int, max_kv: int) -> tuple[Tensor, int]:
-        """The group's block tables, and how many columns hold that many tokens."""
-        table = self.parts.tables.tables[group]
-        return table, min(-(-max_kv // self.parts.tables.block_size), table.shape[1])

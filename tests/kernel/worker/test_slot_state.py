@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_worker import CPU
 
-from kernel_core.nn.inputs import ancestors, draft_paths, layout
+from kernel_core.nn.inputs import StepInputBuilder, ancestors, draft_paths, layout
 from kernel_core.nn.slots import BlockTables, SlotTable
 from kernel_core.plan import BlockUpdate, Opened, SamplingRow, StepPlan
 
@@ -52,7 +52,7 @@ def trees(draw):
 
 @given(trees())
 def test_ancestors_are_the_path_to_the_root(parents):
-    path = draft_paths(torch.tensor([parents, parents], dtype=torch.int32), tree=True)
+    path = draft_paths(torch.tensor([parents, parents], dtype=torch.int32))
     rows = ancestors(path)[1].tolist()
     assert rows[0] == [-1] * len(parents)
     for d in range(len(parents)):
@@ -64,6 +64,6 @@ def test_ancestors_are_the_path_to_the_root(parents):
 
 
 def test_a_chain_needs_no_parents():
-    parents = torch.full((3, 4), 7, dtype=torch.int32)
+    builder = StepInputBuilder(SlotTable(3, 8, 5, CPU), BlockTables(1, 3, 8, 4, CPU), (), False)
     chain = torch.arange(-1, 3, dtype=torch.int32).repeat(3, 1)
-    assert torch.equal(draft_paths(parents, tree=False), draft_paths(chain, tree=True))
+    assert torch.equal(builder.chain_paths(3, 4), draft_paths(chain))

@@ -128,28 +128,37 @@ float heavy_enough(const Row &row, float floor, double wanted) {
     return from_ordered(low);
 }
 
-// The smallest value that top_k, then top_p keep of what is at least `floor`.
-float lowest_kept(const Row &row, float floor, long top_k, float top_p) {
-    const bool by_rank = top_k > 0;
-    const long needed = by_rank ? std::min(top_k, row.width) : 0;
-    int64_t total = by_rank || top_p >= 1 ? 0 : mass_of(row, floor);
-    for (long look : {kLooks[0], kLooks[1], kLooks[2], needed}) {
-        if (look < needed || look == 0 || (!by_rank && look > row.blocks)) continue;
-        look = std::min(look, row.width);
-        std::vector<Entry> order = best_of(row, look);
-        float least = by_rank ? std::max(floor, order[needed - 1].value) : floor;
-        if (top_p >= 1) return least;
-        long count = by_rank ? needed : (long)order.size();
-        int64_t mass = 0;
-        if (by_rank)
-            for (long i = 0; i < count && order[i].value >= least; ++i) total += weight_of(order[i].value, row.best);
-        const double wanted = (double)top_p * (double)total;
-        for (long i = 0; i < count && order[i].value >= least; ++i) {
-            mass += weight_of(order[i].value, row.best);
-            if ((double)mass >= wanted) return std::max(least, order[i].value);
-        }
+// Where the weights of the first `count` entries, as far as they are at least `least`, add up to `wanted`; false: nowhere.
+bool adds_up(const std::vector<Entry> &order, long count, float least, float best, double wanted, float &value) {
+    int64_t mass = 0;
+    for (long i = 0; i < count && order[i].value >= least; ++i) {
+        mass += weight_of(value = order[i].value, best);
+        if ((double)mass >= wanted) return true;
     }
-    return heavy_enough(row, floor, (double)top_p * (double)total);
+    return false;
+}
+
+// The smallest value that top_k, then top_p keep of what is at least `floor`.
+float lowest_of_best(const Row &row, float floor, long top_k, float top_p) {
+    const std::vector<Entry> order = best_of(row, top_k);
+    float least = std::max(floor, order[top_k - 1].value);
+    if (top_p >= 1) return least;
+    int64_t total = 0;
+    for (long i = 0; i < top_k && order[i].value >= least; ++i) total += weight_of(order[i].value, row.best);
+    adds_up(order, top_k, least, row.best, (double)top_p * (double)total, least);
+    return least;
+}
+
+// The smallest value that top_p keeps of what is at least `floor`.
+float lowest_of_all(const Row &row, float floor, float top_p) {
+    const double wanted = (double)top_p * (double)mass_of(row, floor);
+    float least = floor;
+    for (long look : kLooks) {
+        if (look > row.blocks) break;
+        const std::vector<Entry> order = best_of(row, look);
+        if (adds_up(order, (long)order.size(), floor, row.best, wanted, least)) return least;
+    }
+    return heavy_enough(row, floor, wanted);
 }
 
 // The tokens of at least `floor` whose noisy logits may be the largest, ascending. → how many; more than `room`: not all are entered.
@@ -209,7 +218,8 @@ KC_API int kc_sample(int is_bf16, const void *logits, long stride, const int64_t
         counts[i] = 0;
         if (!std::isfinite(row.best)) return;
         float floor = row.best + log_min_p[i];
-        if (top_k[i] > 0 || top_p[i] < 1) floor = lowest_kept(row, floor, top_k[i], top_p[i]);
+        if (top_k[i] > 0) floor = lowest_of_best(row, floor, std::min<long>(top_k[i], width), top_p[i]);
+        else if (top_p[i] < 1) floor = lowest_of_all(row, floor, top_p[i]);
         floor = std::max(floor, std::numeric_limits<float>::lowest());
         int64_t *ids = found + i * room;
         float *own = values + i * room;
