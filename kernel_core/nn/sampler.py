@@ -26,8 +26,6 @@ LOOKS = (256, 4096)  # how many of the best tokens top_p looks at before it sort
 WEIGHT_ONE = 2.0**30  # the likeliest token's weight
 
 Transform = Callable[[Tensor, StepView], Tensor]
-Argmax = Callable[[Tensor], Tensor]
-Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -40,22 +38,13 @@ class Sampled:
     logprobs: LogprobColumns | None = None
 
 
-def first_largest(logits: Tensor) -> Tensor:
-    """[N, V] → int64 [N]."""
-    return logits.argmax(-1)
-
-
 class Sampler:
     """The runner part "sampler". Replaceable: anything called like this, `(logits, view, layout, transform) → Sampled`.
 
-    A device may give just the two passes over the whole vocabulary: `argmax` [N, V] → int64 [N], where a NaN counts as largest,
-    and `draw`, which returns exactly what `draws.draw` does."""
+    A device may replace `draw_rows` alone, which is every pass over the whole vocabulary but those of logprobs."""
 
-    def __init__(
-        self, slots: SlotTable, vocab_size: int, logprobs_mode: str, argmax: Argmax = first_largest, draw: Draw = draw
-    ) -> None:
+    def __init__(self, slots: SlotTable, vocab_size: int, logprobs_mode: str) -> None:
         self.slots, self.vocab_size, self.mode = slots, vocab_size, logprobs_mode
-        self._argmax, self._draw_all = argmax, draw
         self._reads_are_free = slots.device.type == "cpu"
 
     def __call__(self, logits: Tensor, view: StepView, layout: Layout, transform: Transform | None) -> Sampled:
@@ -64,11 +53,18 @@ class Sampler:
         raw = self._rows(logits, asked) if len(asked) and self.mode.startswith("raw") else None
         if transform is not None:
             logits = transform(logits.float(), view)
+        draws, bad = self.draw_rows(logits, view, layout.logits_slot)
+        return Sampled(draws, bad, self._logprobs(asked, raw, logits, draws, view, layout))
+
+    def draw_rows(self, logits: Tensor, view: StepView, host_slot: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`draws` and `bad` of `Sampled` for logits [N, V], which stay as they are; `host_slot` [N]: their slots. Rate: step."""
         draws = self._argmax(logits)
         best = logits.gather(1, draws[:, None]).squeeze(1)
-        self._draw(logits, draws, view, layout.logits_slot)
-        bad = best.isnan() | best.isneginf()
-        return Sampled(draws, bad, self._logprobs(asked, raw, logits, draws, view, layout))
+        self._draw(logits, draws, view, host_slot)
+        return draws, best.isnan() | best.isneginf()
+
+    def _argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
 
     def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
         """Enter the draws of the rows that are not greedy; those with filters first, as few of their tokens need noise."""
@@ -79,7 +75,7 @@ class Sampler:
                 index = upload(part, logits.device)
                 slot = view.slot[index]
                 kept = self._filtered(logits[index].float(), slot, host_slot[part])
-                draws[index] = (draw_kept if few else self._draw_all)(kept, self.slots.key[slot], view.position[index])
+                draws[index] = (draw_kept if few else draw)(kept, self.slots.key[slot], view.position[index])
 
     def _uses_filters(self, host_slot: np.ndarray) -> np.ndarray:
         host = self.slots.host

@@ -21,8 +21,8 @@ ROOM = 16  # tokens of a row that may be as good as tied
 class HostSampler(Sampler):
     """Gives the tokens of `Sampler`."""
 
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts, argmax=pointwise.argmax)
+    def _argmax(self, logits: Tensor) -> Tensor:
+        return pointwise.argmax(logits)
 
     def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
         kernels, random = build.library(), np.flatnonzero(self.slots.host["temperature"][host_slot] > 0)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from kernel_core.api import Allocation, Capabilities
-from kernel_core.nn.api import AttentionSpec, MemoryReport, Sampler, StepInputBuilder
+from kernel_core.nn.api import AttentionSpec, MemoryReport, StepInputBuilder
 from kernel_cuda import CudaSection, trial
 from kernel_cuda.capture import Capture
 from kernel_cuda.forward import ForwardGraphs
-from kernel_cuda.kernels import pointwise, sampling
+from kernel_cuda.kernels import pointwise
+from kernel_cuda.sampling import FusedSampler
 from kernel_cuda.split import RULE, KnownInputs, token_bytes
 from kernel_cuda.steady import SteadySteps
 from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
@@ -83,7 +84,7 @@ class CudaDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {
-            "sampler": partial(Sampler, argmax=sampling.argmax, draw=sampling.draw),
+            "sampler": FusedSampler,
             "mask": lambda: pointwise.mask_bits,
         }
         inputs: type[StepInputBuilder] = StepInputBuilder

@@ -21,6 +21,7 @@ from kernel_core.api import StepPlan
 from kernel_core.nn.api import AttentionBatch, Forward
 from kernel_cuda.capture import LENGTHS, Record, fill, sizes_up_to
 from kernel_cuda.kernels import sampling, steps
+from kernel_cuda.sampling import Draws, draws_of
 
 logger = logging.getLogger("kernel_cuda")
 
@@ -33,7 +34,7 @@ class SteadySteps:
         self._record = record
         self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
         self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
-        self._graphs: dict[tuple[int, int, str], Graph] = {}
+        self._graphs: dict[tuple[int, int, Draws], Graph] = {}
         self._usable = not runner.step_inputs and bool(runner.kv.groups)
 
     def __call__(self, plan: StepPlan) -> Report | None:
@@ -43,20 +44,11 @@ class SteadySteps:
         size = next(size for size in self.sizes if size >= len(plan.rows))
         longest = int(np.max(plan.start)) + 1
         length = next(length for length in self.lengths if length >= longest)
-        key = (size, length, self._draws(plan.rows))
+        key = (size, length, draws_of(self.slots.host, plan.rows))
         graph = self._graphs.get(key) or self._capture(*key)
         return graph.replay(plan.rows) if graph is not None else None
 
-    def _draws(self, rows: np.ndarray) -> str:
-        """How much the rows ask of sampling: "greedy", "random", or "filtered" by min_p, top_k or top_p."""
-        host = self.slots.host
-        random = host["temperature"][rows] > 0
-        if not random.any():
-            return "greedy"
-        filters = (host["min_p"][rows] > 0) | (host["top_k"][rows] > 0) | (host["top_p"][rows] < 1)
-        return "filtered" if (filters & random).any() else "random"
-
-    def _capture(self, size: int, length: int, draws: str) -> Graph | None:
+    def _capture(self, size: int, length: int, draws: Draws) -> Graph | None:
         """None: this model cannot be captured, and no further step is tried."""
         began = perf_counter()
         try:
@@ -72,7 +64,7 @@ class SteadySteps:
         self._graphs[size, length, draws] = graph
         return graph
 
-    def _step(self, rows: Tensor, q_start: Tensor, length: int, draws: str) -> Tensor:
+    def _step(self, rows: Tensor, q_start: Tensor, length: int, draws: Draws) -> Tensor:
         """The step on the device: rows int64 [R] → report int32 [7, R]. Captured."""
         runner, slots = self.runner, self.slots
         batches, ids, positions = [], rows, rows

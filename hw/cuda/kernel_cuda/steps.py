@@ -31,6 +31,7 @@ from kernel_core.nn.api import (
     upload_columns,
 )
 from kernel_cuda.kernels import drafts as kernels
+from kernel_cuda.kernels import sampling
 
 BLOCK = 128  # tokens, or columns of a block table, that a program looks at
 
@@ -249,3 +250,8 @@ class FusedPasses(Passes):
         forward = Forward(ids, positions, self.parts.kv.kv, self.parts.kv.plans(batches, self.parts.layers))
         row = self._ramp[:-1]
         return DraftBatch(forward, row, row, row.new_zeros(0))
+
+    def draw(self, logits: Tensor, number: int | Tensor) -> Tensor:
+        state = self.slots
+        numbers = state.temperature, state.min_p, state.top_k, state.top_p, state.key
+        return sampling.sample(logits, self.rows, self.known + number, *numbers, filters=False)[0]

@@ -142,7 +142,7 @@ def sampling():
     logits, numbers = meta(64, 128256), [meta(64, dtype=d) for d in (torch.float32, torch.float32, torch.int32, torch.float32)]
     key, at = meta(64, 2, dtype=torch.int32), meta(64, dtype=torch.int64)
     kernels.argmax(logits)
-    kernels.draw(logits, key, at)
+    kernels.sample(logits, at, at, *numbers, key, filters=False)
     kernels.sample(logits, at, at, *numbers, key)
 
 

@@ -126,7 +126,9 @@ def test_rows_that_cannot_be_sampled(device):
 
 def test_argmax_takes_the_first_and_nan_is_largest(device):
     logits = torch.tensor([[1.0, 5, 5, 2], [-torch.inf] * 4, [3, torch.nan, 9, torch.nan], [-0.0, 0.0, -1, -2]], device=device)
-    assert sampling.argmax(logits).tolist() == [1, 0, 1, 0]
+    tokens, bad = sampling.argmax(logits)
+    assert tokens.tolist() == [1, 0, 1, 0]
+    assert bad.tolist() == [False, True, True, False]
 
 
 def test_draw(device):
@@ -135,7 +137,8 @@ def test_draw(device):
     key = torch.randint(-(2**31), 2**31, (6, 2), dtype=torch.int32, device=device)
     position = torch.arange(6, device=device)
     noisy = logits.double() + gumbel(key, position, 900)
-    drawn = sampling.draw(logits, key, position)
+    one, off = torch.ones(6, device=device), torch.zeros(6, device=device)
+    drawn, _ = sampling.sample(logits, torch.arange(6, device=device), position, one, off, off.int(), one, key, filters=False)
     assert torch.equal(drawn, noisy.argmax(-1))
 
 

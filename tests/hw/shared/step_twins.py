@@ -108,6 +108,10 @@ def twins(inputs, acceptance, drafting, seen):
             same(expected, got, "view")
             assert (type(got.passes) is Passes) == self.tree
             some = torch.arange(len(got.known), device=got.known.device) % 3 - 1
+            logits = torch.sin(torch.arange(len(some) * 50, device=some.device) ** 2.0).view(-1, 50) * 4
+            if not self.tree:
+                for number in (2, some + 1):
+                    assert torch.equal(expected.passes.draw(logits, number), got.passes.draw(logits, number))
             for one in ("catch_up", 0), ("catch_up", 1), ("advance", some, 0), ("advance", some, 2):
                 if self.layers:
                     same(*(getattr(view.passes, one[0])(*one[1:]) for view in (expected, got)), f"{one[0]} {one[1:]}")

@@ -20,7 +20,6 @@ _GOLDEN, _SECOND = constexpr(0x9E3779B9), constexpr(0x7F4A7C15)
 _MIX1, _MIX2 = constexpr(0x85EBCA6B), constexpr(0xC2B2AE35)
 _LOWEST = constexpr(-2147483648)
 _NAN = constexpr(2147483647)
-GREEDY, BY_ROW, BY_SLOT = constexpr(0), constexpr(1), constexpr(2)  # where a row's settings come from
 PART = 4096  # tokens that one program looks at
 BINS = 512  # of the histogram of logits below a row's peak
 ROOM = 16384  # tokens among which a row's thresholds are searched; more are searched slowly
@@ -344,12 +343,12 @@ def _floors(
 @triton.jit
 def _draw_part(
     logits, slot, position, temperatures, keys, floors, best_out, token_out, V, stride, parts,
-    MODE: tl.constexpr, FILTERS: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr,
+    RANDOM: tl.constexpr, FILTERS: tl.constexpr, EXACT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The token of a part whose logit, plus noise where the row is random, is largest of those that are kept."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s = tl.load(slot + n) if MODE == BY_SLOT else n
-    temperature = tl.load(temperatures + s) if MODE == BY_SLOT else (1.0 if MODE == BY_ROW else 0.0)
+    s = tl.load(slot + n) if RANDOM else n
+    temperature = tl.load(temperatures + s) if RANDOM else 0.0
     token = part * PART + tl.arange(0, PART)
     z = _scaled(logits + n * stride, token, V, tl.where(temperature > 0, temperature, 1.0))
     keep = token < V
@@ -390,7 +389,7 @@ def _scratch(logits: torch.Tensor, columns: int, dtype: torch.dtype = torch.int3
 
 
 def _finish(
-    logits: torch.Tensor, mode: constexpr, slot: torch.Tensor, position: torch.Tensor, temperature: torch.Tensor,
+    logits: torch.Tensor, random: bool, slot: torch.Tensor, position: torch.Tensor, temperature: torch.Tensor,
     key: torch.Tensor, floors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Two launches: every part's best token, then the row's → tokens int64 [N], bad bool [N]."""
@@ -401,20 +400,15 @@ def _finish(
         best, token = (_scratch(logits, parts) for _ in range(2))
         _draw_part[(count, parts)](
             logits, slot, position, temperature, key, slot if floors is None else floors, best, token, vocab, logits.stride(0),
-            parts, MODE=mode.value, FILTERS=floors is not None, EXACT=_is_exact(), PART=PART, num_warps=8,
+            parts, RANDOM=random, FILTERS=floors is not None, EXACT=_is_exact(), PART=PART, num_warps=8,
         )  # fmt: skip
         _pick[(count,)](best, token, tokens, bad, parts, PP=triton.next_power_of_2(parts), num_warps=1)
     return tokens, bad
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """[N, V] any float dtype → int64 [N]: the first of the largest; NaN counts as largest."""
-    return _finish(logits, GREEDY, logits, logits, logits, logits)[0]
-
-
-def draw(logits: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """As `draws.draw`: logits [n, V] float32 (−inf: not allowed), key int32 [n, 2], position int [n] → int64 [n]."""
-    return _finish(logits, BY_ROW, logits, position, logits, key.contiguous())[0]
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, V] any float dtype → int64 [N]: the first of the largest, where NaN counts as largest; and bool [N] as in `sample`."""
+    return _finish(logits, False, logits, logits, logits, logits)
 
 
 def sample(
@@ -426,7 +420,7 @@ def sample(
     float32 (1: off), key int32 [S, 2]. `filters` False: no row of the batch uses min_p, top_k or top_p. → tokens int64 [N],
     and bool [N] where the row had NaN or nothing allowed. Two launches, six with filters; capturable, no host read."""
     floors = _kept_from(logits, slot, temperature, min_p, top_k, top_p) if filters and len(logits) else None
-    return _finish(logits, BY_SLOT, slot, position, temperature, key, floors)
+    return _finish(logits, True, slot, position, temperature, key, floors)
 
 
 def _kept_from(

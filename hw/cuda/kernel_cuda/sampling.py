@@ -1,0 +1,34 @@
+"""Sampling over the whole vocabulary without sorting it: the runner part "sampler"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from kernel_core.nn.api import Sampler, StepView
+from kernel_cuda.kernels import sampling as kernels
+
+Draws = Literal["greedy", "random", "filtered"]
+
+
+def draws_of(settings: Mapping[str, np.ndarray], slots: np.ndarray) -> Draws:
+    """The most that any of these slots asks of sampling; filters are min_p, top_k and top_p. Host."""
+    random = settings["temperature"][slots] > 0
+    if not random.any():
+        return "greedy"
+    filters = (settings["min_p"][slots] > 0) | (settings["top_k"][slots] > 0) | (settings["top_p"][slots] < 1)
+    return "filtered" if (filters & random).any() else "random"
+
+
+class FusedSampler(Sampler):
+    """Gives the tokens of `Sampler`: two launches for all rows, six where one of them filters."""
+
+    def draw_rows(self, logits: Tensor, view: StepView, host_slot: np.ndarray) -> tuple[Tensor, Tensor]:
+        draws, slots = draws_of(self.slots.host, host_slot), self.slots
+        if draws == "greedy":
+            return kernels.argmax(logits)
+        numbers = slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key
+        return kernels.sample(logits, view.slot, view.position, *numbers, filters=draws == "filtered")
