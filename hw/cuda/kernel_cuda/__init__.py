@@ -19,9 +19,10 @@ class CudaSection(Section):
     use. kv_dtype "fp8": KV is kept as e4m3 numbers with a scale per token and head, in half the memory.
 
     Off, because they have run in emulation only: model_graphs, the model of other steps of up to `graph_rows` tokens (drafts,
-    masks, penalties, logprobs) is captured, each on its second use (needs `graphs`); fused_steps, what such steps compute around
-    the model is a few kernels of our own instead of some hundred small ones; mixed_flash, in steps that are not all whole prompts
-    rows of prompts go through torch's flash attention."""
+    masks, penalties, logprobs) is captured, and of those steps with prompts that the host would launch for longer than the GPU
+    computes, each on its second use (needs `graphs`); fused_steps, what such steps compute around the model is a few kernels of
+    our own instead of some hundred small ones; mixed_flash, in steps that are not all whole prompts rows of prompts go through
+    torch's flash attention."""
 
     graphs: bool = True
     model_graphs: bool = False

@@ -14,7 +14,7 @@ from kernel_core.api import Allocation, Capabilities
 from kernel_core.nn.api import AttentionSpec, MemoryReport, StepInputBuilder
 from kernel_cuda import CudaSection, trial
 from kernel_cuda.capture import Capture
-from kernel_cuda.forward import ForwardGraphs
+from kernel_cuda.forward import MIXED, ForwardGraphs
 from kernel_cuda.kernels import pointwise
 from kernel_cuda.sampling import FusedSampler
 from kernel_cuda.split import RULE, KnownInputs, token_bytes
@@ -55,16 +55,19 @@ class CudaDevice:
         return MemoryReport(total, free)
 
     def peak_memory(self, make_runner: Callable[[], Any], sizes: Allocation) -> int:
-        """Of one largest step; the graphs' pool, which holds no more than such a step of the most rows that have graphs; and the
-        keys and values that a step gathers for flash, of which the step that is run has fewer than others may have."""
+        """Of one largest step; the graphs' pool, which holds no more than such a step of the most tokens that have graphs; and
+        the keys and values that a step gathers for flash, of which the step that is run has fewer than others may have."""
         specs: list[AttentionSpec] = []
         step = self._taken(lambda: specs.extend(trial.run(make_runner, sizes, sizes.max_tokens_per_step)))
         longest = sizes.max_model_len * max((token_bytes(spec) for spec in specs), default=0)
         gathered = min(RULE.most_bytes, longest) if self._section.mixed_flash else 0
-        rows = min(self._section.graph_rows, sizes.max_slots, sizes.max_tokens_per_step) if self._section.graphs else 0
-        graphs = self._taken(lambda: trial.run(make_runner, sizes, rows)) if rows else 0
-        said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d rows may take %d MiB; %d MiB for gathered KV"
-        logger.info(said, sizes.max_tokens_per_step, step >> 20, rows, graphs >> 20, gathered >> 20)
+        captured = 0
+        if self._section.graphs:
+            rows = min(self._section.graph_rows, sizes.max_slots)
+            captured = min(max(rows, MIXED[-1]) if self._section.model_graphs else rows, sizes.max_tokens_per_step)
+        graphs = self._taken(lambda: trial.run(make_runner, sizes, captured)) if captured else 0
+        said = "measured: a step of %d tokens takes %d MiB; graphs of up to %d tokens may take %d MiB; %d MiB for gathered KV"
+        logger.info(said, sizes.max_tokens_per_step, step >> 20, captured, graphs >> 20, gathered >> 20)
         return step + graphs + gathered
 
     def _taken(self, step: Callable[[], None]) -> int:

@@ -4,6 +4,9 @@
 logits transformed or logprobs told, the model is nearly all of what the host has to launch; here it is one graph, and so is each
 pass of a drafter's layers. Inputs are copied to where the graph reads them. What they lack up to its sizes are tokens of rows
 that nobody has: they read the null block, and nothing of theirs is written.
+
+Steps with parts of prompts are captured too, attention included, as long as launching takes the host longer than computing
+takes the GPU. Beyond, graphs gain nothing, and prompts are better off with torch's flash attention.
 """
 
 from __future__ import annotations
@@ -22,17 +25,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kernel_core.nn.api import AttentionBatch, Forward
 from kernel_cuda.attention import Plan
 from kernel_cuda.capture import LENGTHS, Record, sizes_up_to
+from kernel_cuda.kernels.machine import processors
 
 logger = logging.getLogger("kernel_cuda")
 
-WIDEST = 16  # tokens of a row, at most: more is a prompt
+WIDEST = 16  # tokens of a row, at most: more is part of a prompt
+MIXED = (64, 96, 128, 192, 256, 384, 512, 768, 1024)  # tokens of the steps with prompts that have graphs
+LAUNCHED = 1e-4  # seconds in which the host launches a layer
+RATE = 3e12  # operations that a multiprocessor does in a second
 MOST_GRAPHS = 64
 SIGHTINGS = 2  # steps of a shape before it is captured
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What graphs of a module differ in. `width`: most tokens of a row; `others`: shapes beyond the tokens, and dtypes."""
+    """What graphs of a module differ in. `width`: most tokens of a row, all of them in a step with prompts; `others`: shapes
+    beyond the tokens, and dtypes."""
 
     tokens: int
     rows: int
@@ -49,32 +57,42 @@ class ForwardGraphs:
     def __init__(self, module: nn.Module, record: Record, most_tokens: int, sightings: int = SIGHTINGS) -> None:
         self.module, self._record, self._sightings = module, record, sightings
         self.sizes = sizes_up_to(most_tokens)
+        self._numbers = sum(parameter.numel() for parameter in module.parameters())
         self.graphs: dict[Shape, ForwardGraph] = {}
         self._seen: Counter[Shape] = Counter()
         self._usable, self._full = True, False
 
     def __call__(self, fwd: Forward, *others: Tensor) -> Any:
         """The module's results, the caller's own. Rate: step."""
-        plans = _plans(fwd, others, self.sizes[-1]) if self._usable else None
-        if not plans:
+        plans = _plans(fwd, others) if self._usable else None
+        shape = self._shape(fwd, plans, others) if plans else None
+        if plans is None or shape is None:
             return self.module(fwd, *others)
-        shape = self._shape(fwd, plans, others)
         graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)
         return self.module(fwd, *others) if graph is None else graph.run(fwd, [plan.batch for plan in plans], others)
 
-    def _shape(self, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> Shape:
+    def _shape(self, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> Shape | None:
+        """None: such a step has no graph."""
         batches = [plan.batch for plan in plans]
-        width = 1 << (max(batch.max_q for batch in batches) - 1).bit_length()
-        tokens = self._up(len(fwd.token_ids))
-        filling = tokens - len(fwd.token_ids)
-        rows = self._up(len(batches[0].kv_len) + -(-filling // width))
+        trees = tuple((batch.tree is not None, batch.positions is not None) for batch in batches)
+        longest_row = max(batch.max_q for batch in batches)
+        wide = longest_row > WIDEST
+        sizes = self._mixed(fwd) if wide else self.sizes
+        tokens = next((size for size in sizes if size >= len(fwd.token_ids)), None)
+        if tokens is None or (wide and any(tree for tree, _ in trees)):
+            return None
+        width = tokens if wide else 1 << (longest_row - 1).bit_length()
+        rows = len(batches[0].kv_len) + -(-(tokens - len(fwd.token_ids)) // width)
+        rows = 1 << (rows - 1).bit_length() if wide else next(size for size in self.sizes if size >= rows)
         longest = max(batch.max_kv for batch in batches)
         length = next((length for length in LENGTHS if length >= longest), 1 << (longest - 1).bit_length())
-        trees = tuple((batch.tree is not None, batch.positions is not None) for batch in batches)
         return Shape(tokens, rows, width, length, fwd.tapped, trees, tuple((x.shape[1:], x.dtype) for x in others))
 
-    def _up(self, number: int) -> int:
-        return next(size for size in self.sizes if size >= number)
+    def _mixed(self, fwd: Forward) -> list[int]:
+        """Tokens of the steps with prompts that the GPU computes while the host would still launch."""
+        rate = processors(fwd.token_ids.device) * RATE
+        most = len(fwd.attention) * LAUNCHED * rate / (2 * max(self._numbers, 1))
+        return [size for size in MIXED if size <= most]
 
     def _made(self, shape: Shape, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> ForwardGraph | None:
         self._seen[shape] += 1
@@ -96,16 +114,14 @@ class ForwardGraphs:
         return graph
 
 
-def _plans(fwd: Forward, others: Sequence[Tensor], most: int) -> list[Plan] | None:
+def _plans(fwd: Forward, others: Sequence[Tensor]) -> list[Plan] | None:
     """The attention plans of a step that can be captured, one a group."""
     tokens = len(fwd.token_ids)
-    if not 0 < tokens <= most or fwd.inputs or fwd.embeds is not None or fwd.positions.dim() != 1:
+    if not tokens or fwd.inputs or fwd.embeds is not None or fwd.positions.dim() != 1:
         return None
     plans = list({id(plan): plan for plan in fwd.attention.values()}.values())
-    if not all(isinstance(plan, Plan) and len(plan.batch.slot_mapping) == tokens for plan in plans):
-        return None
-    fits = all(plan.batch.max_q <= WIDEST for plan in plans) and all(len(other) == tokens for other in others)
-    return plans if fits else None
+    fits = all(isinstance(plan, Plan) and len(plan.batch.slot_mapping) == tokens for plan in plans)
+    return plans if plans and fits and all(len(other) == tokens for other in others) else None
 
 
 class ForwardGraph:

@@ -97,5 +97,6 @@ def use(monkeypatch, backend=TensorAttention, steady=False, sightings=1):
     monkeypatch.setattr("kernel_cpu.ops.register", lambda ops: None)
     monkeypatch.setattr("kernel_cuda.kernels.attention.processors", lambda device: 1)
     monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (32, 128))
+    monkeypatch.setattr("kernel_cuda.forward.MIXED", (32, 64))
     monkeypatch.setattr("kernel_cuda.steady.LENGTHS", (32, 128))
     return parts

@@ -11,7 +11,8 @@ from kernel_core.nn.api import AttentionBatch, AttentionSpec, Forward
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_device.py runs real graphs")
 SPEC = AttentionSpec("a", 4, 2, 16, 16, 0.25, "full", None)
-BLOCK, BLOCKS, ROWS = 16, 9, 4
+BLOCK, HELD, ROWS = 16, 4, 4
+BLOCKS = 1 + HELD * ROWS
 
 
 class Layer(nn.Module):
@@ -29,40 +30,44 @@ class Layer(nn.Module):
         return self.backend.forward(q.contiguous(), k, v, fwd.kv["a"], fwd.attention["a"], SPEC, None) + states
 
 
-def steps(tree):
-    """Forward, states; row r has blocks of its own, 1 + 2r and 2 + 2r, and grows from step to step, or falls back."""
+def steps(kind):
+    """Forward, states; row r has blocks of its own, and grows from step to step, or falls back. "prompts": the last row has more
+    tokens than the others together."""
     draw = torch.Generator().manual_seed(1)
     some = lambda low, high: int(torch.randint(low, high, (), generator=draw))  # noqa: E731
     for number in range(10):
         rows = torch.randperm(ROWS, generator=draw)[: 1 + number % ROWS]
         q = torch.tensor([some(1, 4) for _ in rows])
-        start = torch.tensor([some(0, 2 * BLOCK - 4) for _ in rows])
+        if kind == "prompts":
+            q[-1] = some(17, 45)
+        start = torch.tensor([some(0, HELD * BLOCK - int(count)) for count in q])
         row = torch.arange(len(rows)).repeat_interleave(q)
         q_start = torch.cat([torch.zeros(1, dtype=torch.int64), q.cumsum(0)])
         place = start[row] + torch.arange(int(q.sum())) - q_start[row]
-        table = (1 + 2 * rows[:, None] + torch.arange(2)).int()
+        table = (1 + HELD * rows[:, None] + torch.arange(HELD)).int()
         slots = table[row, place // BLOCK].long() * BLOCK + place % BLOCK
         width = int(q.max())
         sees = torch.ones(len(row), width).tril(-1).bool() | (torch.arange(width) == (place - start[row])[:, None])
         sees &= torch.arange(width) <= (place - start[row])[:, None]
-        given = (sees, place) if tree else (None, None)
-        batch = AttentionBatch(q_start.int(), (start + q).int(), table, slots, BLOCK, width, 2 * BLOCK, *given)
+        given = (sees, place) if kind == "tree" else (None, None)
+        batch = AttentionBatch(q_start.int(), (start + q).int(), table, slots, BLOCK, width, HELD * BLOCK, *given)
         ids = torch.randint(0, 50, (len(row),), generator=draw)
         yield ids, place, batch, torch.randn(len(row), 4, 16, generator=draw)
 
 
-@pytest.mark.parametrize("tree", [False, True], ids=["causal", "tree"])
+@pytest.mark.parametrize("kind", ["causal", "tree", "prompts"])
 @pytest.mark.parametrize("name", ["TensorAttention", pytest.param("CudaAttention", marks=pytest.mark.slow)])
 @torch.inference_mode()
-def test_a_graph_does_what_the_module_does(monkeypatch, name, tree):
+def test_a_graph_does_what_the_module_does(monkeypatch, name, kind):
     monkeypatch.setattr("kernel_cuda.kernels.attention.processors", lambda device: 1)
-    monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (32, 128))
+    monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (HELD * BLOCK, 128))
+    monkeypatch.setattr("kernel_cuda.forward.MIXED", (64,))  # one size, so that every step leaves another rest
     backend = getattr(emulated_device, name)(torch.device("cpu"), torch.float32)
     layer = Layer(backend)
     graphs = emulated_device.Counting(layer, emulated_device.Emulator(), 16, 1)
-    graphs.sizes = [16]  # one size, so that every step leaves another rest
+    graphs.sizes = [16]
     plain, other = (backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS) for _ in range(2))
-    for ids, place, batch, states in steps(tree):
+    for ids, place, batch, states in steps(kind):
         one, two = (Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])}) for kv in (plain, other))
         expected, got = layer(one, states), graphs(two, states)
         assert torch.allclose(got, expected, atol=1e-5)
@@ -83,7 +88,7 @@ def test_without_memory_for_a_graph_the_step_runs_as_it_is(caplog):
     backend = emulated_device.TensorAttention(torch.device("cpu"), torch.float32)
     layer, kv = Layer(backend), backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS)
     graphs = emulated_device.ForwardGraphs(layer, record, 16, 1)
-    for ids, place, batch, states in steps(False):
+    for ids, place, batch, states in steps("causal"):
         fwd = Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])})
         assert torch.equal(graphs(fwd, states), layer(fwd, states))
     assert len(asked) == 1 and "no memory for more graphs of Layer" in caplog.text
