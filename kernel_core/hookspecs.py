@@ -179,7 +179,8 @@ def probe_device(section: Any) -> str | None:
 @hookspec
 @home("worker", composes="all")
 def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
-    """Register implementations of semantic ops, each with a predicate and a priority."""
+    """Register implementations of semantic ops, each with a predicate and a priority. A plugin may add ops of its own, with a
+    reference of priority -1, and take what is best for the device from `context.ops` in the hooks that come later."""
 
 
 @hookspec

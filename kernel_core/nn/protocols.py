@@ -179,7 +179,7 @@ class Forward:
 @dataclass(frozen=True, slots=True)
 class WorkerContext(BuildContext):
     """Given to the worker-side hooks. `dtype` is the compute dtype; sizes are the ones that were settled. `find`: a directory,
-    hub id or embedded name → its ModelInfo, weights not read; raises ConfigError."""
+    hub id or embedded name → its ModelInfo, weights not read; raises ConfigError. `ops` is complete after `register_ops`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -190,6 +190,7 @@ class WorkerContext(BuildContext):
     max_model_len: int
     max_tokens_per_step: int
     find: Callable[[str], ModelInfo]
+    ops: OpRegistry
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from kernel_core.errors import CapacityError, ConfigError, PluginError
 from kernel_core.manifest import ModelFamily
 from kernel_core.nn.kv import AttentionChoice, Blocks, KVStore, attention_specs, choose_block_size, kv_groups
 from kernel_core.nn.memory import activation_bytes, split_memory, weight_bytes
+from kernel_core.nn.ops import Ops
 from kernel_core.nn.protocols import (
     AttentionSpec,
     Device,
@@ -74,6 +75,8 @@ class Worker:
         self.made_for = int(model_number(self.info.config, LENGTH_KEYS, None if limit == "auto" else limit))
         self._size(self.engine.max_requests, self.made_for if limit == "auto" else limit, self.engine.max_tokens_per_step)
         self.block_size = choose_block_size(self.engine.block_size, self.capabilities, self.max_model_len)
+        self.ops = Ops()
+        self._all("register_ops", ops=self.ops)
         self.drafter = self._one("make_drafter")
         if self.drafter and self.drafter.tree and not self.capabilities.tree_attention:
             raise ConfigError("the drafter drafts trees, and this device has no tree attention: draft chains")
@@ -92,11 +95,8 @@ class Worker:
 
     def _build_model(self) -> torch.nn.Module:
         from kernel_core.nn.loading import build_model
-        from kernel_core.nn.ops import Ops
 
-        self.ops = Ops()
-        self.registry.call("register_ops", self.context, ops=self.ops)
-        offered = [b for _, backends in self.registry.call("make_attention", self.context) for b in backends]
+        offered = [b for _, backends in self._all("make_attention") for b in backends]
         reference = ReferenceAttention(self.device.torch_device)
         self.attention = AttentionChoice([*offered, reference], self.dtype, self.block_size)
         self.model_context = ModelContext(
@@ -292,10 +292,11 @@ class Worker:
             max_model_len=self.max_model_len,
             max_tokens_per_step=self.max_tokens_per_step,
             find=self._find,
+            ops=self.ops,
         )
 
-    def _all(self, hook: str) -> list[tuple[str, Any]]:
-        return self.registry.call(hook, self.context)
+    def _all(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        return self.registry.call(hook, self.context, **arguments)
 
     def _one(self, hook: str) -> Any | None:
         return next((answer for _, answer in self._all(hook)), None)

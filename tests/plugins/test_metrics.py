@@ -147,7 +147,7 @@ def test_two_api_processes_add_up_and_dashboards_find_their_names(start_server, 
     asked = 12
     for number in range(asked):  # a connection each, so that both processes get some
         body = {"prompt": "a" * (number + 1), "max_tokens": 3, "ignore_eos": True}
-        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
     httpx.get(f"{server.url}/nowhere/../secret-{number}")
     while (found := families(server.url)).get("kernel:http_requests_total POST /v1/completions 200", 0) < asked:
         time.sleep(0.1)  # told at most a second later

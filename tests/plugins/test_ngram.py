@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_ngram import NgramSection
 from kernel_ngram.drafter import NgramDrafter
-from kernel_ngram.lookup import look_up
+from kernel_ngram.lookup import look_up, look_up_slots
 from kernel_ngram.suffix import SuffixAutomaton
 from pydantic import ValidationError
 
@@ -96,7 +96,7 @@ PERIODIC = [5, 1, 2, 3, 4, 9, 1, 2, 3, 4]
 
 @pytest.mark.parametrize("method", ["lookup", "suffix"])
 def test_only_rows_that_sampled_and_repeat_get_drafts(method):
-    drafter = NgramDrafter(NgramSection(method=method, draft_tokens=3, adaptive=False), 8)
+    drafter = NgramDrafter(NgramSection(method=method, draft_tokens=3, adaptive=False), 8, look_up_slots)
     assert isinstance(drafter, Drafter) and drafter.width == 3
     assert drafter.needs_host == (method == "suffix")
     tokens, parents, count = drafter.propose(view_of([PERIODIC, PERIODIC, [1, 2, 3]], [True, False, True]))
@@ -105,7 +105,7 @@ def test_only_rows_that_sampled_and_repeat_get_drafts(method):
 
 
 def test_a_slot_forgets_its_request_and_catches_up_with_what_it_missed():
-    drafter = NgramDrafter(NgramSection(method="suffix", draft_tokens=2, adaptive=False), 8)
+    drafter = NgramDrafter(NgramSection(method="suffix", draft_tokens=2, adaptive=False), 8, look_up_slots)
     drafter.propose(view_of([PERIODIC[:6]], [True], [1]))
     assert drafter.propose(view_of([PERIODIC], [True], [1]))[0].tolist() == [[9, 1]]
     drafter.closed(1)
@@ -113,7 +113,7 @@ def test_a_slot_forgets_its_request_and_catches_up_with_what_it_missed():
 
 
 def test_adaptive_asks_for_as_many_as_pay():
-    drafter = NgramDrafter(NgramSection(draft_tokens=3), 8)
+    drafter = NgramDrafter(NgramSection(draft_tokens=3), 8, look_up_slots)
     drafter.length.lengths = lambda slots, most: np.array([1, 0], np.int32)[: len(slots)]
     assert drafter.propose(view_of([PERIODIC, PERIODIC], [True, True]))[0].tolist() == [[9, -1, -1], [-1] * 3]
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_penalties.penalise import Penalise, occurred
 from kernel_penalties.request import PenaltyFields, Preparer
-from kernel_penalties.transform import Penalties, occurred
+from kernel_penalties.transform import Penalties
 from pydantic import ValidationError
 
+from kernel_core import LLM
 from kernel_core.api import Opened, Prepared, SamplingParams, SamplingRow, decode, encode
 from kernel_core.nn.api import LogitsTransform, StepView
 
@@ -58,7 +60,7 @@ numbers = st.tuples(st.floats(-2, 2), st.floats(-2, 2), st.floats(0.2, 3))
 @given(prompts=st.lists(st.tuples(tokens.filter(len), tokens, tokens.map(lambda t: t[:2]), numbers), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_each_row_follows_the_definition(prompts):
-    transform = Penalties("penalties", 8, V, CPU)
+    transform = Penalties("penalties", 8, CPU, Penalise())
     assert isinstance(transform, LogitsTransform)
     names = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     for slot, (*_, given_numbers) in enumerate(prompts):
@@ -74,19 +76,36 @@ def test_each_row_follows_the_definition(prompts):
 
 
 def test_rows_are_worked_on_in_parts(monkeypatch):
-    monkeypatch.setattr("kernel_penalties.transform.COUNTS_AT_ONCE", V)
+    monkeypatch.setattr("kernel_penalties.penalise.COUNTS_AT_ONCE", V)
     test_each_row_follows_the_definition()
 
 
 def test_a_step_leaves_nothing_to_the_next_even_where_it_found_no_memory(monkeypatch):
-    transform, rows = Penalties("penalties", 8, V, CPU), step_of([(0, [1, 2], [3, 3, 4], [3])])
+    transform, rows = Penalties("penalties", 8, CPU, Penalise()), step_of([(0, [1, 2], [3, 3, 4], [3])])
     payloads = {"penalties": encode({"presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.2})}
     transform.opened(Opened(0, "r", np.zeros(1, np.int32), 0, 0, SamplingRow(), payloads))
     first = transform.apply(torch.zeros(1, V), rows)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("kernel_penalties.transform.occurred", lambda *given, of=occurred: Refusing.of(*of(*given)))
+        patch.setattr("kernel_penalties.penalise.occurred", lambda *given, of=occurred: Refusing.of(*of(*given)))
         transform.apply(torch.zeros(1, V), rows)
     assert torch.equal(transform.apply(torch.zeros(1, V), rows), first)
+
+
+def test_the_op_that_a_device_offers_is_taken(byte_model, monkeypatch):
+    asked = []
+
+    class Offered(Penalise):
+        def __call__(self, logits, index, step, numbers):
+            asked.append(index.tolist())
+            return super().__call__(logits, index, step, numbers)
+
+    sampling = SamplingParams(temperature=0, max_tokens=6, repetition_penalty=1.5)
+    with LLM(str(byte_model)) as llm:
+        expected = llm.generate("aaaa", sampling)[0].outputs[0].token_ids
+    monkeypatch.setattr("kernel_cpu.ops.register", lambda ops: ops.register("penalise", Offered(), owner="a device"))
+    with LLM(str(byte_model)) as llm:
+        assert llm.generate("aaaa", sampling)[0].outputs[0].token_ids == expected
+    assert asked == [[0]] * 6
 
 
 class Refusing(torch.Tensor):

@@ -53,9 +53,11 @@ def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
 
 @hookimpl
 def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
-    from kernel_cuda.ops import register
+    from kernel_cuda.ops import register, register_history
 
     register(ops)
+    if context.section.fused_steps:
+        register_history(ops)
 
 
 @hookimpl

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_core.nn.api import OpRegistry
-from kernel_cuda.kernels import linear, moe, pointwise
+from kernel_core.nn.api import OpRegistry, StepView
+from kernel_cuda.kernels import history, linear, moe, pointwise
 from kernel_cuda.kernels.machine import capability
 
 OWNER = "cuda"
@@ -19,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = {"silu": pointwise.SILU, "gelu": pointwise.GELU, "gelu_tanh": pointwise.GELU_TANH}
 MANY_OUTPUTS = 100_000
 GATED_ROWS, GATED_OUTPUTS = 0, 20_000  # rows up to which, and outputs from which on gate and up are multiplied together
+COUNTS_AT_ONCE = 1 << 22  # counters of tokens that occurred, in all
 MANY = 256  # rows from which on an 8 or 4 bit weight is widened first
 
 
@@ -118,6 +119,24 @@ class GroupedExperts:
         return moe.experts_mlp(x.contiguous(), *state, weights, experts, self.kind)
 
 
+class Penalise:
+    """The op `penalise` of the penalties: only tokens that occurred are touched, each once."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(0, 0)  # all zero between two uses
+
+    def __call__(self, logits: Tensor, index: Tensor, step: StepView, numbers: Tensor) -> Tensor:
+        vocab_size = logits.shape[1]
+        for some in index.split(max(1, COUNTS_AT_ONCE // vocab_size)):
+            if len(some) > len(self._counts):
+                self._counts = torch.zeros(len(some), vocab_size, dtype=torch.int32, device=logits.device)
+            history.penalise(
+                logits, some, step.slot, step.row, step.history, step.known, step.num_prompt, step.ancestors, step.drafts,
+                numbers, self._counts, step.max_len,
+            )  # fmt: skip
+        return logits
+
+
 def _unit_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -149,6 +168,12 @@ def register(ops: OpRegistry) -> None:
         ops.register("moe", GroupedExperts(name), owner=OWNER, predicate=_fits(activation=name, format="plain"))
     for name in ("rms_norm", "layer_norm", "embedding"):
         ops.register(name, getattr(pointwise, name), owner=OWNER, predicate=_fits())
+
+
+def register_history(ops: OpRegistry) -> None:
+    """Ops that other plugins define, on the tokens of the requests."""
+    ops.register("penalise", Penalise(), owner=OWNER)
+    ops.register("look_up", history.look_up, owner=OWNER)
 
 
 def _is_half_plain(facts: Mapping[str, Any]) -> bool:

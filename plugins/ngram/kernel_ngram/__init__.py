@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from kernel_core.api import Manifest, Section, hookimpl
 
 if TYPE_CHECKING:
-    from kernel_core.nn.api import Drafter, WorkerContext
+    from kernel_core.nn.api import Drafter, OpRegistry, WorkerContext
 
 
 class NgramSection(Section):
@@ -38,7 +38,14 @@ manifest = Manifest(name="ngram", summary="drafts from the request's own tokens"
 
 
 @hookimpl
+def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
+    from kernel_ngram.lookup import look_up_slots
+
+    ops.register("look_up", look_up_slots, owner=context.plugin, priority=-1)
+
+
+@hookimpl
 def make_drafter(context: WorkerContext) -> Drafter:
     from kernel_ngram.drafter import NgramDrafter
 
-    return NgramDrafter(context.section, context.max_slots)
+    return NgramDrafter(context.section, context.max_slots, context.ops.resolve("look_up"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -32,10 +33,11 @@ class NgramDrafter:
     taps: tuple[str, ...] = ()
     lookback, tree = 0, False
 
-    def __init__(self, section: NgramSection, max_slots: int) -> None:
+    def __init__(self, section: NgramSection, max_slots: int, look_up: Callable[..., Tensor]) -> None:
         self.width = section.draft_tokens
-        lookup = section.method == "lookup"
-        self.finder: Finder = PromptLookup(section.min_ngram, section.max_ngram) if lookup else Suffixes(section.min_ngram)
+        self.finder: Finder = Suffixes(section.min_ngram)
+        if section.method == "lookup":
+            self.finder = PromptLookup(section.min_ngram, section.max_ngram, look_up)
         self.needs_host = self.finder.needs_host
         self.length = DraftLength(self.width, max_slots) if section.adaptive else None
 

@@ -5,6 +5,8 @@ https://github.com/apoorvumang/prompt-lookup-decoding describes the idea; here a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,21 +15,29 @@ from kernel_core.nn.api import DraftView, upload
 
 
 class PromptLookup:
-    """Searches the token table; keeps nothing. N-grams of `least` to `most` tokens."""
+    """Searches the token table by the op `look_up`; keeps nothing. N-grams of `least` to `most` tokens."""
 
     needs_host = False
 
-    def __init__(self, least: int, most: int) -> None:
-        self.least, self.most = least, most
+    def __init__(self, least: int, most: int, op: Callable[..., Tensor]) -> None:
+        self.least, self.most, self._look_up = least, most, op
 
     def closed(self, slot: int) -> None:
         """Nothing is kept of a request."""
 
     def find(self, view: DraftView, rows: np.ndarray, number: int) -> Tensor:
-        index = upload(rows, view.known.device)
+        index, step = upload(rows, view.known.device), view.step
         # the step's bound does not count the token that the step gained
-        tokens = view.step.history[view.step.rows[index], : view.step.max_len + 1]
-        return look_up(tokens, view.known[index].long(), self.least, self.most, number)
+        return self._look_up(
+            step.history, step.rows[index], view.known[index].long(), step.max_len + 1, self.least, self.most, number
+        )
+
+
+def look_up_slots(history: Tensor, slots: Tensor, known: Tensor, length: int, least: int, most: int, number: int) -> Tensor:
+    """The op `look_up`: history [S, L] int32, slots [n] int64, of which the first `known` [n] int64 tokens count, at most
+    `length` → drafts [n, number] int64, -1 where no n-gram of `least` tokens or more is like the last one. This is its reference.
+    Rate: step."""
+    return look_up(history[slots, :length], known, least, most, number)
 
 
 def look_up(tokens: Tensor, known: Tensor, least: int, most: int, number: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kernel_core.api import BuildContext, Manifest, RequestPreparer, hookimpl
 
 if TYPE_CHECKING:
-    from kernel_core.nn.api import LogitsTransform, WorkerContext
+    from kernel_core.nn.api import LogitsTransform, OpRegistry, WorkerContext
 
 manifest = Manifest(name="penalties", summary="presence, frequency and repetition penalties")
 
@@ -28,7 +28,15 @@ def prepare_request(context: BuildContext) -> RequestPreparer:
 
 
 @hookimpl
+def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
+    from kernel_penalties.penalise import Penalise
+
+    ops.register("penalise", Penalise(), owner=context.plugin, priority=-1)
+
+
+@hookimpl
 def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
     from kernel_penalties.transform import Penalties
 
-    return [Penalties(context.plugin, context.max_slots, context.vocab_size, context.device)]
+    penalise = context.ops.resolve("penalise", vocab_size=context.vocab_size)
+    return [Penalties(context.plugin, context.max_slots, context.device, penalise)]

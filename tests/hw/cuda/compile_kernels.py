@@ -179,6 +179,16 @@ def small_arrays():
     )
 
 
+def history():
+    from kernel_cuda.kernels import history as kernels
+
+    wide, ints, tokens = meta(64, dtype=torch.int64), meta(64, dtype=torch.int32), meta(64, 8193, dtype=torch.int32)
+    logits, numbers, counts = (meta(64, n, dtype=t) for n, t in ((128256, WIDE), (3, WIDE), (128256, torch.int32)))
+    ancestors, drafts = meta(64, 5, dtype=torch.int32), meta(64, 5, dtype=torch.int64)
+    kernels.penalise(logits, wide, wide, wide, tokens, ints, ints, ancestors, drafts, numbers, counts, 8192)
+    kernels.look_up(tokens, wide, wide, 8192, 2, 4, 4)
+
+
 HALF, WIDE = torch.bfloat16, torch.float32
 CASES = {
     "decode 64": lambda: attention(64, HALF, 1),
@@ -201,6 +211,7 @@ CASES = {
     "moe 512": lambda: moe(512),
     "sampling": sampling,
     "small arrays": small_arrays,
+    "history": history,
 }
 
 

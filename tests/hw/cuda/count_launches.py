@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from graph_emulator import EMPTY
 from kernel_cuda.kernels import pointwise
+from kernel_cuda.ops import register_history
 from kernel_cuda.sampling import FusedSampler
 from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -36,7 +37,10 @@ KINDS = {
     "logprobs": ({"temperature": 0, "logprobs": 5}, {}),
     "penalties": ({"temperature": 0, "repetition_penalty": 1.2}, {}),
     "logit bias": ({"temperature": 0, "logit_bias": {5: 2.0}}, {}),
-    "guided decoding": ({"temperature": 0, "structured_outputs": {"regex": "[a-z ]{60}"}, "ignore_eos": False}, {"guided_decoding": {}}),
+    "guided decoding": (
+        {"temperature": 0, "structured_outputs": {"regex": "[a-z ]{60}"}, "ignore_eos": False},
+        {"guided_decoding": {}},
+    ),
     "n-gram drafts": ({"temperature": 0}, DRAFTS),
     "eagle3 drafts": ({"temperature": 0}, EAGLE),
     "draft model, random": ({"temperature": 0.9}, DRAFT_MODEL),
@@ -59,8 +63,9 @@ class Launches(TorchDispatchMode):
         return out
 
 
-def counted(asked, plugins, parts):
+def counted(asked, plugins, fused):
     """The median of a steady run's steps, in launches, and what the last of them launched."""
+    from kernel_cpu import ops
     from kernel_cpu.device import CpuDevice
 
     steps, mode, inside = [], [None], InterpretedFunction.run
@@ -90,12 +95,19 @@ def counted(asked, plugins, parts):
 
         return run
 
-    made = {"sampler": FusedSampler, "mask": lambda: pointwise.mask_bits, "graphs": silent, "steady": lambda runner: None, **parts}
+    def registered(offered, register=ops.register):
+        register(offered)
+        if fused:
+            register_history(offered)
+
+    made = {"sampler": FusedSampler, "mask": lambda: pointwise.mask_bits, "graphs": silent, "steady": lambda runner: None}
+    made |= FUSED if fused else {}
     with (
         mock.patch.object(CpuDevice, "runner_parts", lambda device: made),
         mock.patch.object(runner.Runner, "submit", submitted),
         mock.patch.object(InterpretedFunction, "run", launched),
         mock.patch.object(torch, "from_numpy", uploaded),
+        mock.patch.object(ops, "register", registered),
         Engine(model="tiny-chat", device="cpu", max_model_len=128, max_requests=4, plugins=plugins) as engine,
     ):
         for number in range(2):
@@ -109,8 +121,8 @@ def counted(asked, plugins, parts):
 def main():
     print(f"{'':24}{'parts of the runner':>22}{'fused_steps':>14}")
     for name, (asked, plugins) in KINDS.items():
-        plain, _ = counted(asked, plugins, {})
-        fused, last = counted(asked, plugins, FUSED)
+        plain, _ = counted(asked, plugins, False)
+        fused, _ = counted(asked, plugins, True)
         print(f"{name:24}{plain:22.0f}{fused:14.0f}")
 
 

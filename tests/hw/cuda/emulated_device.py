@@ -8,6 +8,8 @@ import torch
 from graph_emulator import Emulator
 from kernel_cuda.attention import CudaAttention, Plan
 from kernel_cuda.forward import ForwardGraphs
+from kernel_cuda.ops import register_history
+from kernel_cuda.sampling import FusedSampler
 from kernel_cuda.steady import SteadySteps
 from torch import Tensor
 
@@ -91,10 +93,12 @@ def use(monkeypatch, backend=TensorAttention, steady=False, sightings=1):
         parts.append(Counting(module, emulator, 32, sightings))
         return parts[-1]
 
-    made = {"graphs": graphs} | ({"steady": partial(SteadySteps, most_rows=8, record=emulator)} if steady else {})
+    made = {"graphs": graphs, "sampler": FusedSampler} | (
+        {"steady": partial(SteadySteps, most_rows=8, record=emulator)} if steady else {}
+    )
     monkeypatch.setattr("kernel_cpu.device.CpuDevice.runner_parts", lambda device: made)
     monkeypatch.setattr("kernel_cpu.backend.PagedAttention", lambda: backend(CPU, torch.float32))
-    monkeypatch.setattr("kernel_cpu.ops.register", lambda ops: None)
+    monkeypatch.setattr("kernel_cpu.ops.register", register_history)
     monkeypatch.setattr("kernel_cuda.kernels.attention.processors", lambda device: 1)
     monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (32, 128))
     monkeypatch.setattr("kernel_cuda.forward.MIXED", (32, 64))

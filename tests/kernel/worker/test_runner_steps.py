@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_logit_rules.request import Rules
 from kernel_logit_rules.transform import BiasRule, MaskRule
+from kernel_penalties.penalise import Penalise
 from kernel_penalties.transform import Penalties
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_worker import CPU, Driver, ToyModel, V, make_runner, oracle
@@ -231,7 +232,7 @@ class FixedDrafter:
 def test_submitting_a_step_reads_nothing_from_the_device(tree, monkeypatch):
     """So that on a device that runs by itself, steps can be submitted ahead of their results."""
     drafter = FixedDrafter(tree)
-    transforms = [Penalties("penalties", 8, V, CPU), BiasRule("rules", 8, V, CPU), MaskRule("rules", 8, V, CPU)]
+    transforms = [Penalties("penalties", 8, CPU, Penalise()), BiasRule("rules", 8, V, CPU), MaskRule("rules", 8, V, CPU)]
     payloads = {"penalties": encode(PENALTY), "rules": encode(RULES)}
     runner = make_runner(NoAttention(), width=3, drafter=drafter, transforms=transforms)
     runner.sampler._reads_are_free = False

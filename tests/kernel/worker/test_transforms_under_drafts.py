@@ -5,6 +5,7 @@ import pytest
 import torch
 from kernel_logit_rules.request import Rules
 from kernel_logit_rules.transform import BiasRule, MaskRule
+from kernel_penalties.penalise import Penalise
 from kernel_penalties.transform import Penalties
 from test_speculation import ScriptedDrafter
 from toy_worker import CPU, Driver, V, make_runner, oracle
@@ -51,7 +52,11 @@ def change(logits, prompt, output):
 
 
 def run(drafter=None, width=0, depth=1):
-    transforms = [Penalties("penalties", 8, V, CPU), BiasRule("logit_rules", 8, V, CPU), MaskRule("logit_rules", 8, V, CPU)]
+    transforms = [
+        Penalties("penalties", 8, CPU, Penalise()),
+        BiasRule("logit_rules", 8, V, CPU),
+        MaskRule("logit_rules", 8, V, CPU),
+    ]
     runner = make_runner(width=width, drafter=drafter, transforms=transforms)
     driver = Driver(runner, width=width, depth=depth)
     payloads = {"penalties": encode(PENALTY), "logit_rules": encode(rules())}
