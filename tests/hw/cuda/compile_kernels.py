@@ -67,7 +67,7 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None, tree=False):
+def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None, tree=False, capped=False):
     from kernel_cuda.kernels import attention as kernels
 
     kept = torch.uint8 if fp8 else dtype
@@ -82,8 +82,9 @@ def attention(dim, dtype, queries, heads=32, kv_heads=8, fp8=False, window=None,
     row_bytes = 4 * heads * (dim + 1)
     work = kernels.plan(*ints, queries, 8192, tokens, heads // kv_heads, window, row_bytes, dtype == torch.float32)
     links = meta(tokens, queries, dtype=torch.bool) if tree else None
-    rules = kernels.Rules(dim**-0.5, window)
-    kernels.attend(q, cache, work, meta(8, 512, dtype=torch.int32), rules, tree=links)
+    rules = kernels.Rules(dim**-0.5, window, 50.0 if capped else None)
+    sinks = meta(heads, dtype=torch.float32) if capped else None
+    kernels.attend(q, cache, work, meta(8, 512, dtype=torch.int32), rules, sinks, tree=links)
     kernels.copy_tokens(cache, *(meta(8, dtype=torch.int64) for _ in range(2)))
     if not fp8:
         kernels.gather(cache, meta(4096, dtype=torch.int64))
@@ -121,6 +122,8 @@ def quantised(rows):
     x, scale = meta(rows, 4096), meta(6144, dtype=torch.float32)
     kernels.few_rows(x, meta(6144, 4096, dtype=torch.uint8), None, scale)
     kernels.few_rows_int4(x, meta(6144, 2048, dtype=torch.uint8), meta(6144, 32, dtype=torch.float32))
+    if kernels.capability(x.device) >= (8, 9):
+        kernels.quantise_rows(x)
 
 
 def int8(rows):
@@ -179,6 +182,14 @@ def small_arrays():
     )
 
 
+def steady():
+    from kernel_cuda.kernels import steps as kernels
+
+    rows, tokens, ints = meta(64, dtype=torch.int64), meta(65, 8193, dtype=torch.int32), meta(65, dtype=torch.int32)
+    kernels.begin(rows, tokens, ints, meta(65, 512, dtype=torch.int32), 64, 8192, 16)
+    kernels.end(rows, meta(64, 128256), None, tokens, ints, ints, 64, 8192)
+
+
 def history():
     from kernel_cuda.kernels import history as kernels
 
@@ -197,9 +208,12 @@ CASES = {
     "decode e4m3": lambda: attention(128, HALF, 1, fp8=True),
     "decode float32": lambda: attention(128, WIDE, 1),
     "verify window tree": lambda: attention(128, HALF, 5, window=4096, tree=True),
+    "decode float16": lambda: attention(96, torch.float16, 1),
+    "decode capped": lambda: attention(256, HALF, 1, capped=True, window=4096),
     "prefill 64": lambda: attention(64, HALF, 512),
     "prefill 128": lambda: attention(128, HALF, 512),
     "prefill 256": lambda: attention(256, HALF, 512, window=1024),
+    "prefill capped": lambda: attention(128, HALF, 512, capped=True),
     "prefill float32": lambda: attention(128, WIDE, 512),
     "pointwise": pointwise,
     "plain 1": lambda: linear(1),
@@ -210,6 +224,7 @@ CASES = {
     "moe 8": lambda: moe(8),
     "moe 512": lambda: moe(512),
     "sampling": sampling,
+    "steady": steady,
     "small arrays": small_arrays,
     "history": history,
 }
@@ -232,10 +247,14 @@ def main(architecture, part=""):
 
 
 COMMON = {  # kernels that do not change much from case to case: compiled once
-    "plan": "prefill 128", "combine": "decode 128", "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
+    "plan": "prefill 128", "combine": ("decode 128", "decode capped"),
+    "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
     "gather_kv": ("decode 64", "decode 128", "decode 256"),
     "prepare": ("decode 128", "decode e4m3"), "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
-    "short": ("decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "verify window tree"),
+    "short": (
+        "decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "decode float16", "decode capped",
+        "verify window tree",
+    ),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 PACKAGE = Path(__file__).parents[3] / "hw" / "cuda"
 REGISTERS = 255
-SPILLED = {"80": 320, "90": 128, "100": 160}  # bytes a thread: the widest prefill tiles
+SPILLED = {"80": 320, "90": 144, "100": 160}  # bytes a thread: the widest prefill tiles
 HOT = (
     "short decode 64",
     "short decode 128",
@@ -36,6 +37,13 @@ def compiled(architecture, part=""):
     return {row.pop("kernel"): row for row in map(json.loads, done.stdout.splitlines())}
 
 
+def launched():
+    """The kernels that any launch names."""
+    sources = [file.read_text() for file in PACKAGE.rglob("*.py")]
+    kernels = {name for source in sources for name in re.findall(r"@triton\.jit.*?\ndef (\w+)\(", source)}
+    return {name.lstrip("_") for source in sources for name in re.findall(r"(\w+)\[(?:\(|grid\])", source) if name in kernels}
+
+
 def check(used, architecture):
     for name, row in used.items():
         assert row["registers"] <= REGISTERS, name
@@ -54,5 +62,6 @@ def test_decoding_on_hopper():
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_all(architecture):
     used = compiled(architecture)
-    assert len(used) > 30
     check(used, architecture)
+    left_out = launched() - {name.split()[0] for name in used}
+    assert left_out == ({"quantise_rows"} if architecture == "80" else set())  # which has no e4m3 numbers
