@@ -11,6 +11,7 @@ from kernel_cuda.forward import ForwardGraphs
 from kernel_cuda.ops import register_history
 from kernel_cuda.sampling import FusedSampler
 from kernel_cuda.steady import SteadySteps
+from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -85,20 +86,23 @@ class Counting(ForwardGraphs):
         return result
 
 
-def use(monkeypatch, backend=TensorAttention, steady=False, sightings=1):
-    """Emulate from here on → the parts "graphs" that engines make."""
+FUSED = {"sampler": FusedSampler, "step_inputs": FusedInputs, "acceptance": FusedAcceptance, "drafting": FusedDrafting}
+
+
+def use(monkeypatch, backend=TensorAttention, steady=False, sightings=1, fused=False):
+    """Emulate from here on → the parts "graphs" that engines make. `fused`: with the parts around the model, too."""
     parts, emulator = [], Emulator()
 
     def graphs(module, *others):
         parts.append(Counting(module, emulator, 32, sightings))
         return parts[-1]
 
-    made = {"graphs": graphs, "sampler": FusedSampler} | (
-        {"steady": partial(SteadySteps, most_rows=8, record=emulator)} if steady else {}
-    )
+    made = {"graphs": graphs} | (FUSED if fused else {})
+    if steady:
+        made["steady"] = partial(SteadySteps, most_rows=8, record=emulator)
     monkeypatch.setattr("kernel_cpu.device.CpuDevice.runner_parts", lambda device: made)
     monkeypatch.setattr("kernel_cpu.backend.PagedAttention", lambda: backend(CPU, torch.float32))
-    monkeypatch.setattr("kernel_cpu.ops.register", register_history)
+    monkeypatch.setattr("kernel_cpu.ops.register", register_history if fused else lambda ops: None)
     monkeypatch.setattr("kernel_cuda.kernels.attention.processors", lambda device: 1)
     monkeypatch.setattr("kernel_cuda.forward.LENGTHS", (32, 128))
     monkeypatch.setattr("kernel_cuda.forward.MIXED", (32, 64))

@@ -310,8 +310,7 @@ def _attend(
                 if not CAUSAL:
                     near &= n[None, :] < position[:, None] + window
             if HAS_TREE:
-                is_tree = count <= tree_width
-                own = (n >= context) & is_tree
+                own = n >= tl.where(count <= tree_width, context, length)
                 at = tree + token[:, None].to(tl.int64) * tree_width + (n - context)[None, :]
                 link = tl.load(at, mask=see & own[None, :], other=0) != 0
                 if HAS_WINDOW:
