@@ -32,6 +32,7 @@ from kernel_core.nn.api import (
 )
 from kernel_cuda.kernels import drafts as kernels
 from kernel_cuda.kernels import sampling
+from kernel_cuda.sampling import draws_of
 
 BLOCK = 128  # tokens, or columns of a block table, that a program looks at
 
@@ -253,5 +254,7 @@ class FusedPasses(Passes):
 
     def draw(self, logits: Tensor, number: int | Tensor) -> Tensor:
         state = self.slots
+        if draws_of(state.host, self.step.plan.rows) == "greedy":
+            return sampling.argmax(logits)[0]
         numbers = state.temperature, state.min_p, state.top_k, state.top_p, state.key
         return sampling.sample(logits, self.rows, self.known + number, *numbers, filters=False)[0]
