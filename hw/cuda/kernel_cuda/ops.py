@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_core.nn.api import OpRegistry, StepView
+from kernel_cuda import grouped
 from kernel_cuda.kernels import history, linear, moe, pointwise
 from kernel_cuda.kernels.machine import capability
 
@@ -19,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = {"silu": pointwise.SILU, "gelu": pointwise.GELU, "gelu_tanh": pointwise.GELU_TANH}
 MANY_OUTPUTS = 100_000
 GATED_ROWS, GATED_OUTPUTS = 0, 20_000  # rows up to which, and outputs from which on gate and up are multiplied together
+MANY_OF_EXPERT = 64  # rows of an expert, in the mean, from which on torch multiplies
 COUNTS_AT_ONCE = 1 << 22  # counters of tokens that occurred, in all
 MANY = 256  # rows from which on an 8 or 4 bit weight is widened first
 
@@ -104,19 +106,23 @@ class Int4Linear:
 
 
 class GroupedExperts:
-    """Rows grouped by expert, without a host read."""
+    """Rows grouped by expert, without a host read: few by kernels of ours, many by torch's own where it has one."""
 
     keeps_weight = True
 
     def __init__(self, activation: str) -> None:
         self.kind = ACTIVATIONS[activation]
 
-    def prepare(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        return gate_up, down
+    def prepare(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, bool]:
+        is_aligned = not any(n % grouped.ALIGNED for n in down.shape[1:])
+        return gate_up, down, is_aligned and grouped.works(down.device, down.dtype)
 
-    def __call__(self, x: Tensor, logits: Tensor, state: tuple[Tensor, Tensor], top_k: int, renormalise: bool) -> Tensor:
+    def __call__(self, x: Tensor, logits: Tensor, state: tuple[Tensor, Tensor, bool], top_k: int, renormalise: bool) -> Tensor:
+        gate_up, down, by_torch = state
         weights, experts = moe.route(logits, top_k, renormalise)
-        return moe.experts_mlp(x.contiguous(), *state, weights, experts, self.kind)
+        if by_torch and experts.numel() >= MANY_OF_EXPERT * len(down):
+            return moe.experts_mlp_by(grouped.multiply, x, gate_up, down, weights, experts, self.kind)
+        return moe.experts_mlp(x.contiguous(), gate_up, down, weights, experts, self.kind)
 
 
 class Penalise:

@@ -136,7 +136,9 @@ def moe(tokens):
     from kernel_cuda.kernels import moe as kernels
 
     weights, experts = kernels.route(meta(tokens, 8), 2, True)
-    kernels.experts_mlp(meta(tokens, 4096), meta(8, 28672, 4096), meta(8, 4096, 14336), weights, experts, 0)
+    given = meta(tokens, 4096), meta(8, 28672, 4096), meta(8, 4096, 14336), weights, experts, 0
+    kernels.experts_mlp(*given)
+    kernels.experts_mlp_by(lambda rows, weight, ends: meta(len(rows), weight.shape[1]), *given)
 
 
 def sampling():
@@ -250,7 +252,8 @@ COMMON = {  # kernels that do not change much from case to case: compiled once
     "plan": "prefill 128", "combine": ("decode 128", "decode capped"),
     "gather_tokens": "decode 128", "scatter_tokens": "decode 128",
     "gather_kv": ("decode 64", "decode 128", "decode 256"),
-    "prepare": ("decode 128", "decode e4m3"), "route": "moe 8", "sum_experts": "moe 8", "write": ("decode 128", "decode e4m3"),
+    "prepare": ("decode 128", "decode e4m3"), "write": ("decode 128", "decode e4m3"),
+    "route": "moe 8", "sum_experts": "moe 8", "weigh": "moe 8",
     "short": (
         "decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "decode float16", "decode capped",
         "verify window tree",

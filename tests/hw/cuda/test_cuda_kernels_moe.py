@@ -1,10 +1,13 @@
 """Experts against a loop over tokens in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from kernel_cuda import grouped
 from kernel_cuda.kernels import moe
 from kernel_cuda.kernels.pointwise import SILU
 
@@ -28,15 +31,17 @@ def test_route(device, renormalise):
     torch.testing.assert_close(weights, best)
 
 
+@pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "count", "top", "hidden", "inner"), SIZES)
-def test_experts(device, dtype, tokens, count, top, hidden, inner):
+def test_experts(device, dtype, tokens, count, top, hidden, inner, by_torch):
     torch.manual_seed(0)
     x = torch.randn(tokens, hidden, device=device).to(dtype)
     gate_up = (torch.randn(count, 2 * inner, hidden, device=device) * 0.1).to(dtype)
     down = (torch.randn(count, hidden, inner, device=device) * 0.1).to(dtype)
     weights, experts = moe.route(torch.randn(tokens, count, device=device), top, True)
-    out = moe.experts_mlp(x, gate_up, down, weights, experts, SILU)
+    multiplied = partial(moe.experts_mlp_by, grouped.multiply) if by_torch else moe.experts_mlp
+    out = multiplied(x, gate_up, down, weights, experts, SILU)
     want = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for e in range(count):
         gate, up = (x.double() @ gate_up[e].double().T).chunk(2, -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from kernel_cuda import grouped
 from kernel_cuda.attention import CudaAttention
 from kernel_cuda.ops import register
 
@@ -64,6 +65,22 @@ def test_linears(ops, device, kept, limit, rows):
         wanted = reference(x, prepare(reference, w, b))
     near(op(x, state), wanted, limit)
     assert keeps_weight(op) == (kept == "plain")
+
+
+@pytest.mark.parametrize(("tokens", "multiplied"), [(5, 0), (16, 2)])
+def test_many_rows_of_experts_are_multiplied_by_torch_where_it_can(ops, device, monkeypatch, tokens, multiplied):
+    torch.manual_seed(0)
+    calls, multiply = [], grouped.multiply
+    monkeypatch.setattr(grouped, "works", lambda device, dtype: True)
+    monkeypatch.setattr(grouped, "multiply", lambda *given: calls.append(given) or multiply(*given))
+    monkeypatch.setattr("kernel_cuda.ops.MANY_OF_EXPERT", 8)
+    ours, reference = both(ops, "moe", dtype=DTYPE, activation="silu", format="plain", num_experts=4)
+    up, down = (torch.randn(*shape, device=device).to(DTYPE) * 0.1 for shape in ((4, 48, 32), (4, 32, 24)))
+    x, logits = torch.randn(tokens, 32, device=device).to(DTYPE), torch.randn(tokens, 4, device=device).to(DTYPE)
+    near(ours(x, logits, prepare(ours, up, down), 2, True), reference(x, logits, (up, down), 2, True), 5e-3)
+    assert len(calls) == multiplied
+    odd = prepare(ours, torch.randn(4, 40, 32, device=device).to(DTYPE), torch.randn(4, 32, 20, device=device).to(DTYPE))
+    assert not odd[2]  # torch wants sizes of whole 16 bytes
 
 
 def test_experts(ops, device):

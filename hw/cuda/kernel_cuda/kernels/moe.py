@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from kernel_cuda.kernels.pointwise import activate
+from kernel_cuda.kernels.pointwise import act_mul, activate
+
+#: (rows [M, K], weight [E, N, K], ends int32 [E]) → [M, N]
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @triton.jit
@@ -98,6 +103,16 @@ def _sum_experts(pairs, out, H, TOP: tl.constexpr, TP: tl.constexpr, BLOCK: tl.c
     tl.store(out + token * H + column, tl.sum(x, 0).to(out.dtype.element_ty), mask=column < H)
 
 
+@triton.jit
+def _weigh(made, order, weights, out, H, BLOCK: tl.constexpr):
+    """out[order[i]] = made[i] times its routing weight."""
+    i = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(order + i)
+    x = tl.load(made + i * H + column, mask=column < H, other=0.0).to(tl.float32) * tl.load(weights + pair)
+    tl.store(out + pair * H + column, x.to(out.dtype.element_ty), mask=column < H)
+
+
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
@@ -160,8 +175,27 @@ def experts_mlp(
     _grouped[(grid, triton.cdiv(hidden, bn))](
         inside, down, order, begins, weights, made, hidden, inner, count, inner, EVEN=inner % bk == 0, GATHER=False, **shared
     )
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    return _summed(made, tokens, top)
+
+
+def experts_mlp_by(
+    multiply: Multiply, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor,
+    kind: int,
+) -> torch.Tensor:  # fmt: skip
+    """As `experts_mlp`, with the products of somebody else; T > 0."""
+    order, begins = group_rows(experts, len(down))
+    top, hidden = experts.shape[1], x.shape[1]
+    inside = act_mul(multiply(x[order // top], gate_up, begins[1:]), kind)
+    made = multiply(inside, down, begins[1:]).contiguous()
+    pairs = torch.empty_like(made)
+    _weigh[(len(order), triton.cdiv(hidden, 1024))](made, order, weights, pairs, hidden, BLOCK=1024, num_warps=4)
+    return _summed(pairs, len(x), top)
+
+
+def _summed(pairs: torch.Tensor, tokens: int, top: int) -> torch.Tensor:
+    hidden = pairs.shape[1]
+    out = torch.empty(tokens, hidden, dtype=pairs.dtype, device=pairs.device)
     _sum_experts[(tokens, triton.cdiv(hidden, 1024))](
-        made, out, hidden, TOP=top, TP=triton.next_power_of_2(top), BLOCK=1024, num_warps=4
+        pairs, out, hidden, TOP=top, TP=triton.next_power_of_2(top), BLOCK=1024, num_warps=4
     )
     return out
