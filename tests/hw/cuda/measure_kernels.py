@@ -15,6 +15,7 @@ import statistics
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kernel_cuda import grouped
 from kernel_cuda.attention import CudaAttention
 from kernel_cuda.kernels import attention, linear, moe, pointwise, sampling
 from kernel_cuda.split import HostRows, known
@@ -304,12 +305,13 @@ def experts():
     hidden, inner, count, top = 4096, 14336, 8, 2
     up, down = weights(count * 2 * inner, hidden)[0], weights(count * hidden, inner)[0]
     up, down = up.view(count, 2 * inner, hidden), down.view(count, hidden, inner)
-    for m in (1, 16, 64, 2048):
+    for m in (1, 16, 64, 256, 2048):
         x, logits = torch.randn(m, hidden, device="cuda", dtype=HALF), torch.randn(m, count, device="cuda")
         chosen, numbers = moe.route(logits, top, True)
-        used = len(numbers.unique())
-        seconds = timed([lambda: moe.experts_mlp(x, up, down, chosen, numbers, 0)])
-        report(f"experts 8x(4096, 14336) M={m}", seconds, 6 * used * inner * hidden, 6 * m * top * inner * hidden)
+        used, given = len(numbers.unique()), (x, up, down, chosen, numbers, 0)
+        seconds = timed([lambda: moe.experts_mlp(*given)])
+        other = timed([lambda: moe.experts_mlp_by(grouped.multiply, *given)]) if grouped.works(x.device, HALF) else None
+        report(f"experts 8x(4096, 14336) M={m}", seconds, 6 * used * inner * hidden, 6 * m * top * inner * hidden, other=other)
 
 
 def decodes():
