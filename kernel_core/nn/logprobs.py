@@ -14,6 +14,7 @@ from kernel_core.nn.slots import SlotTable
 from kernel_core.nn.transfer import upload_columns
 from kernel_core.plan import NO_TOKEN, PROMPT_LOGPROBS, Logprobs, StepPlan
 
+Rank = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]  # as `Sampler.rank`
 ELEMENTS_AT_ONCE = 1 << 24  # logits that prompt logprobs may hold at a time
 
 
@@ -57,10 +58,10 @@ def rank_tokens(values: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor,
 
 
 def prompt_logprobs(
-    plan: StepPlan, shape: Layout, slots: SlotTable, hidden: Tensor, head: Callable[[Tensor], Tensor], mode: str, vocab_size: int
+    plan: StepPlan, shape: Layout, slots: SlotTable, hidden: Tensor, head: Callable[[Tensor], Tensor], rank: Rank, vocab_size: int
 ) -> LogprobColumns | None:
     """Logprobs of the prompt tokens that follow this chunk's positions, for rows flagged PROMPT_LOGPROBS; None: there are
-    none. They are the model's own (no transform, no temperature); `mode` chooses logits or logprobs. Logits are made for a
+    none. They are the model's own (no transform, no temperature), ranked by `rank`. Logits are made for a
     bounded number of positions at a time. A prompt's positions precede every draft, so the plan's counts are true here."""
     flagged = (np.asarray(plan.flags) & PROMPT_LOGPROBS) != 0
     if not flagged.any():
@@ -77,7 +78,6 @@ def prompt_logprobs(
     size = max(1, ELEMENTS_AT_ONCE // vocab_size)
     parts = []
     for at in range(0, len(token), size):
-        values = head(hidden[on["token"][at : at + size]]).float()
-        values = values if mode.endswith("logits") else values.log_softmax(-1)
-        parts.append(rank_tokens(values, chosen[at : at + size], int(k.max())))
+        logits = head(hidden[on["token"][at : at + size]]).float()
+        parts.append(rank(logits, chosen[at : at + size], int(k.max())))
     return LogprobColumns(row, position, k, *(torch.cat(column) for column in zip(*parts)))

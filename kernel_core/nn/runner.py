@@ -176,7 +176,7 @@ class Runner:
         clock.lap("inputs")
         hidden = self.graphs(forward)
         clock.lap("forward")
-        prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.mode, self.vocab_size)
+        prompt = prompt_logprobs(plan, step.layout, self.slots, hidden, self.model.logits, self.sampler.rank, self.vocab_size)
         masks = self._host_turn(step.layout)
         narrowed = forward.read is not None and len(hidden) == len(forward.read)
         with self._small_ops():

@@ -41,7 +41,7 @@ class Sampled:
 class Sampler:
     """The runner part "sampler". Replaceable: anything called like this, `(logits, view, layout, transform) → Sampled`.
 
-    A device may replace `draw_rows` alone, which is every pass over the whole vocabulary but those of logprobs."""
+    A device may replace `draw_rows` and `rank`, which are all passes over the whole vocabulary."""
 
     def __init__(self, slots: SlotTable, vocab_size: int, logprobs_mode: str) -> None:
         self.slots, self.vocab_size, self.mode = slots, vocab_size, logprobs_mode
@@ -123,10 +123,13 @@ class Sampler:
         index = upload(asked, logits.device)
         slot = layout.logits_slot[asked]
         values = self._filtered(logits[index].float(), view.slot[index], slot) if raw is None else raw
-        values = values if self.mode.endswith("logits") else values.log_softmax(-1)
         k = self.slots.host["logprobs"][slot]
-        columns = rank_tokens(values, draws[index], int(k.max()))
-        return LogprobColumns(layout.logits_row[asked], asked, k, *columns)
+        return LogprobColumns(layout.logits_row[asked], asked, k, *self.rank(values, draws[index], int(k.max())))
+
+    def rank(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [n, V] float32, chosen [n] → what `rank_tokens` gives of their logprobs, or of themselves, as the mode says.
+        Replaceable; also what ranks prompt tokens. Rate: step."""
+        return rank_tokens(logits if self.mode.endswith("logits") else logits.log_softmax(-1), chosen, k)
 
 
 def lowest_kept(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernel_core.nn.api import Layout, LogprobColumns, Sampler, StepView, draw_among
+from kernel_core.nn.api import Sampler, StepView, draw_among
 from kernel_core.nn.api import mask_bits as plain_mask_bits
 from kernel_cpu import build, pointwise
 
@@ -55,17 +55,11 @@ class HostSampler(Sampler):
             draws[index[some]] = drawn
         return counts > ROOM
 
-    def _logprobs(
-        self, asked: np.ndarray, raw: Tensor | None, logits: Tensor, draws: Tensor, view: StepView, layout: Layout
-    ) -> LogprobColumns | None:
+    def rank(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         kernels = build.library()
-        if not len(asked) or kernels is None:
-            return super()._logprobs(asked, raw, logits, draws, view, layout)
-        index, slot = torch.from_numpy(asked), layout.logits_slot[asked]
-        values = self._filtered(logits[index].float(), view.slot[index], slot) if raw is None else raw
-        k = self.slots.host["logprobs"][slot]
-        columns = rank_tokens(kernels, values.contiguous(), draws[index], int(k.max()), self.mode.endswith("logits"))
-        return LogprobColumns(layout.logits_row[asked], asked, k, *columns)
+        if kernels is None:
+            return super().rank(logits, chosen, k)
+        return rank_tokens(kernels, logits.contiguous(), chosen.contiguous(), k, self.mode.endswith("logits"))
 
 
 def rank_tokens(kernels: Any, logits: Tensor, chosen: Tensor, k: int, as_they_are: bool) -> tuple[Tensor, Tensor, Tensor]:

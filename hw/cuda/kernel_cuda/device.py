@@ -87,7 +87,7 @@ class CudaDevice:
 
     def runner_parts(self) -> Mapping[str, Callable[..., Any]]:
         parts: dict[str, Callable[..., Any]] = {
-            "sampler": FusedSampler,
+            "sampler": partial(FusedSampler, ranks=self._section.fused_steps),
             "mask": lambda: pointwise.mask_bits,
         }
         inputs: type[StepInputBuilder] = StepInputBuilder

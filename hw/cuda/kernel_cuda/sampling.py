@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,11 @@ def draws_of(settings: Mapping[str, np.ndarray], slots: np.ndarray) -> Draws:
 
 
 class FusedSampler(Sampler):
-    """Gives the tokens of `Sampler`: two launches for all rows, six where one of them filters."""
+    """Gives the tokens of `Sampler`: two launches for all rows, six where one of them filters. `ranks`: logprobs by kernels too."""
+
+    def __init__(self, *parts: Any, ranks: bool = False) -> None:
+        super().__init__(*parts)
+        self._ranks = ranks
 
     def draw_rows(self, logits: Tensor, view: StepView, host_slot: np.ndarray) -> tuple[Tensor, Tensor]:
         draws, slots = draws_of(self.slots.host, host_slot), self.slots
@@ -32,3 +36,8 @@ class FusedSampler(Sampler):
             return kernels.argmax(logits)
         numbers = slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key
         return kernels.sample(logits, view.slot, view.position, *numbers, filters=draws == "filtered")
+
+    def rank(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._ranks:
+            return super().rank(logits, chosen, k)
+        return kernels.rank(logits, chosen, k, self.mode.endswith("logits"))

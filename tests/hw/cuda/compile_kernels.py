@@ -149,6 +149,7 @@ def sampling():
     kernels.argmax(logits)
     kernels.sample(logits, at, at, *numbers, key, filters=False)
     kernels.sample(logits, at, at, *numbers, key)
+    kernels.rank(logits.float(), at, 5, False)
 
 
 def small_arrays():

@@ -12,6 +12,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections import Counter
+from functools import partial
 from statistics import median
 from unittest import mock
 
@@ -45,7 +46,12 @@ KINDS = {
     "eagle3 drafts": ({"temperature": 0}, EAGLE),
     "draft model, random": ({"temperature": 0.9}, DRAFT_MODEL),
 }
-FUSED = {"step_inputs": FusedInputs, "acceptance": FusedAcceptance, "drafting": FusedDrafting}
+FUSED = {
+    "sampler": partial(FusedSampler, ranks=True),
+    "step_inputs": FusedInputs,
+    "acceptance": FusedAcceptance,
+    "drafting": FusedDrafting,
+}
 
 
 class Launches(TorchDispatchMode):

@@ -86,7 +86,12 @@ class Counting(ForwardGraphs):
         return result
 
 
-FUSED = {"sampler": FusedSampler, "step_inputs": FusedInputs, "acceptance": FusedAcceptance, "drafting": FusedDrafting}
+FUSED = {
+    "sampler": partial(FusedSampler, ranks=True),
+    "step_inputs": FusedInputs,
+    "acceptance": FusedAcceptance,
+    "drafting": FusedDrafting,
+}
 
 
 def use(monkeypatch, backend=TensorAttention, steady=False, sightings=1, fused=False):

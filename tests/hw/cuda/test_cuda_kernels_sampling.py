@@ -142,6 +142,25 @@ def test_draw(device):
     assert torch.equal(drawn, noisy.argmax(-1))
 
 
+@pytest.mark.parametrize("k", [0, 5])
+@pytest.mark.parametrize("as_they_are", [False, True])
+def test_ranks_and_logprobs(device, k, as_they_are):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 900, device=device) * 6
+    logits[1, 100:], logits[2] = -torch.inf, logits[2].round()
+    logits[3] += 1e4
+    chosen = torch.tensor([0, 99, 700, 5, 899, 3], device=device)
+    chosen[4] = logits[4].argmax()
+    ids, values, rank = sampling.rank(logits, chosen, k, as_they_are)
+    wanted = logits.double() if as_they_are else logits.double().log_softmax(-1)
+    best = wanted.topk(k, -1)
+    assert ids[:, 0].tolist() == chosen.tolist()
+    assert torch.equal(wanted.gather(1, ids[:, 1:]), best.values)
+    torch.testing.assert_close(values.double(), wanted.gather(1, ids), atol=2e-3, rtol=1e-5)
+    assert (values[[0, 1, 2, 4, 5]] - wanted.gather(1, ids)[[0, 1, 2, 4, 5]]).abs().max() < 1e-5
+    assert rank.tolist() == (1 + (logits > logits.gather(1, chosen[:, None])).sum(-1)).tolist()
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_large_vocabularies_on_a_gpu(device):
     torch.manual_seed(3)

@@ -376,6 +376,44 @@ def _pick(best, token, out, bad, parts, PP: tl.constexpr):
     tl.store(bad + n, (largest == _NAN) | (_value(largest) == float("-inf")))
 
 
+@triton.jit
+def _rank_part(logits, chosen, peaks, masses, above, V, stride, parts, PART: tl.constexpr):
+    """Of a part of a row: its largest logit, the sum of exp(logit - largest), and how many are larger than the chosen one."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = logits + n * stride
+    own = tl.load(row + tl.load(chosen + n)).to(tl.float32)
+    token = part * PART + tl.arange(0, PART)
+    x = tl.load(row + token, mask=token < V, other=float("-inf")).to(tl.float32)
+    peak = tl.max(x, 0)
+    base = tl.where(peak > float("-inf"), peak, 0.0)
+    tl.store(peaks + n * parts + part, peak)
+    tl.store(masses + n * parts + part, tl.sum(tl.exp(x - base), 0))
+    tl.store(above + n * parts + part, tl.sum((x > own).to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["k"])
+def _rank(
+    logits, chosen, peaks, masses, above, best, best_ids, ids, values, rank, stride, parts, k,
+    LOGITS: tl.constexpr, PP: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """A row's columns: the chosen token, then the k best; of logprobs, or LOGITS as they are."""
+    n = tl.program_id(0).to(tl.int64)
+    part, column = tl.arange(0, PP), tl.arange(0, KP)
+    peak = tl.load(peaks + n * parts + part, mask=part < parts, other=float("-inf"))
+    largest = tl.max(peak, 0)
+    mass = tl.load(masses + n * parts + part, mask=part < parts, other=0.0)
+    scaled = tl.where(peak > float("-inf"), mass * tl.exp(peak - largest), 0.0)
+    shift = 0.0 if LOGITS else largest + tl.log(tl.sum(scaled, 0))
+    token = tl.load(chosen + n)
+    tl.store(ids + n * (k + 1), token)
+    tl.store(values + n * (k + 1), tl.load(logits + n * stride + token).to(tl.float32) - shift)
+    tl.store(rank + n, 1 + tl.sum(tl.load(above + n * parts + part, mask=part < parts, other=0), 0).to(tl.int64))
+    there = column < k
+    to = n * (k + 1) + 1 + column
+    tl.store(ids + to, tl.load(best_ids + n * k + column, mask=there, other=0), mask=there)
+    tl.store(values + to, tl.load(best + n * k + column, mask=there, other=0.0) - shift, mask=there)
+
+
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
@@ -444,3 +482,22 @@ def _kept_from(
         *settings, mass, listed, heavier, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART, num_warps=16
     )
     return floors
+
+
+def rank(
+    logits: torch.Tensor, chosen: torch.Tensor, k: int, as_they_are: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits float32 [n, V], chosen int64 [n] → token ids int64 and logprobs, or logits `as_they_are`, float32 [n, 1 + k]: the
+    chosen one, then the best; and int64 [n], 1 + how many are larger than the chosen one."""
+    count, vocab = logits.shape
+    parts = triton.cdiv(vocab, PART)
+    peaks, masses = (_scratch(logits, parts, torch.float32) for _ in range(2))
+    above, ids = _scratch(logits, parts), _scratch(logits, 1 + k, torch.int64)
+    values, place = _scratch(logits, 1 + k, torch.float32), torch.empty(count, dtype=torch.int64, device=logits.device)
+    best, best_ids = logits.topk(k, -1) if k else (logits, chosen)
+    _rank_part[(count, parts)](logits, chosen, peaks, masses, above, vocab, logits.stride(0), parts, PART=PART, num_warps=8)
+    _rank[(count,)](
+        logits, chosen, peaks, masses, above, best, best_ids, ids, values, place, logits.stride(0), parts, k,
+        LOGITS=as_they_are, PP=triton.next_power_of_2(parts), KP=triton.next_power_of_2(max(1, k)), num_warps=1,
+    )  # fmt: skip
+    return ids, values, place
