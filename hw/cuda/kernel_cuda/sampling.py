@@ -24,7 +24,7 @@ def draws_of(settings: Mapping[str, np.ndarray], slots: np.ndarray) -> Draws:
 
 
 class FusedSampler(Sampler):
-    """Gives the tokens of `Sampler`: two launches for all rows, six where one of them filters. `ranks`: logprobs by kernels too."""
+    """Gives the tokens of `Sampler` in two launches, six where a row filters. `ranks`: logprobs by kernels too."""
 
     def __init__(self, *parts: Any, ranks: bool = False) -> None:
         super().__init__(*parts)
