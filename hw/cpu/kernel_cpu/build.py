@@ -204,5 +204,7 @@ SIGNATURES = {
     "kc_mask": "plppll",
     "kc_sample": "iplpppppppppplll",
     "kc_rank": "pppppplll",
+    "kc_penalise": "plppppl" + "ppppllplll",
+    "kc_look_up": "plppplllll",
     "kc_replay": "pl",
 }

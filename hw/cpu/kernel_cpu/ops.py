@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernel_core.nn.api import OpRegistry
-from kernel_cpu import linear, pointwise
+from kernel_cpu import build, history, linear, pointwise
 
 OWNER = "cpu"
 DTYPES = (torch.bfloat16, torch.float32)
@@ -70,3 +70,5 @@ def register(ops: OpRegistry) -> None:
     ops.register("gelu_tanh_mul", gelu_tanh_mul, owner=OWNER, predicate=fits())
     for name in ("rms_norm", "layer_norm", "embedding", "silu_mul", "gelu_mul"):
         ops.register(name, getattr(pointwise, name), owner=OWNER, predicate=fits())
+    for name in ("penalise", "look_up"):
+        ops.register(name, getattr(history, name), owner=OWNER, predicate=lambda facts: build.library() is not None)

@@ -9,7 +9,7 @@ import triton.language as tl
 BLOCK = 1024  # tokens that a program looks at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _count(
     index, slots, rows, history, known, num_prompt, ancestors, drafts, counts,
     stride, columns, width, ancestors_stride, drafts_stride, V, BLOCK: tl.constexpr, W: tl.constexpr,
@@ -50,7 +50,7 @@ def _penalise_once(logits, counts, token, there, presence, frequency, repetition
     tl.store(logits + token, x, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _penalise(
     logits, index, slots, rows, history, known, ancestors, drafts, counts, numbers,
     logits_stride, stride, columns, width, ancestors_stride, drafts_stride, V, BLOCK: tl.constexpr, W: tl.constexpr,
@@ -70,7 +70,7 @@ def _penalise(
         _penalise_once(row, mine, draft, there, presence, frequency, repetition)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _look_up(
     history, slots, known, out, stride, length, least, most, number, BLOCK: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
