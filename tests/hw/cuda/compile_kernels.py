@@ -224,6 +224,9 @@ CASES = {
     "gated 1": lambda: gated(1),
     "e4m3 1": lambda: quantised(1),
     "int8 1": lambda: int8(1),
+    "e4m3 64": lambda: quantised(64),
+    "int8 64": lambda: int8(64),
+    "prefill e4m3": lambda: attention(256, HALF, 512, fp8=True),
     "moe 8": lambda: moe(8),
     "moe 512": lambda: moe(512),
     "sampling": sampling,
@@ -236,8 +239,9 @@ CASES = {
 def main(architecture, part=""):
     from kernel_cuda.kernels import attention as kernels
     from kernel_cuda.kernels import linear as linears
+    from kernel_cuda.kernels import machine
 
-    kernels.capability = linears.capability = lambda device: divmod(int(architecture), 10)
+    machine.capability = kernels.capability = linears.capability = lambda device: divmod(int(architecture), 10)
     named = [label for label in CASES if label in part] or CASES
     for label in named:
         LABEL[0] = label

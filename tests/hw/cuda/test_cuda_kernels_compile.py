@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 PACKAGE = Path(__file__).parents[3] / "hw" / "cuda"
 REGISTERS = 255
-SPILLED = {"80": 320, "90": 144, "100": 160}  # bytes a thread: the widest prefill tiles
+SPILLED = {"80": 320, "86": 320, "90": 144, "100": 160, "120": 352}  # bytes a thread: the widest prefill tiles
+WIDEST = 640  # heads of 256 that are decoded from e4m3
+SHARED = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10}
 HOT = (
     "short decode 64",
     "short decode 128",
@@ -47,8 +49,9 @@ def launched():
 def check(used, architecture):
     for name, row in used.items():
         assert row["registers"] <= REGISTERS, name
-        assert row["spilled"] <= (8 if name.startswith(HOT) else SPILLED[architecture]), (name, row)
-        assert row["shared"] <= 160 << 10, (name, row)  # what sm_80 has
+        limit = 8 if name.startswith(HOT) else WIDEST if name == "long prefill e4m3" else SPILLED[architecture]
+        assert row["spilled"] <= limit, (name, row)
+        assert row["shared"] <= SHARED[architecture], (name, row)
 
 
 def test_decoding_on_hopper():
@@ -59,9 +62,9 @@ def test_decoding_on_hopper():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize("architecture", ["80", "86", "90", "100", "120"])
 def test_all(architecture):
     used = compiled(architecture)
     check(used, architecture)
     left_out = launched() - {name.split()[0] for name in used}
-    assert left_out == ({"quantise_rows"} if architecture == "80" else set())  # which has no e4m3 numbers
+    assert left_out == ({"quantise_rows"} if architecture in ("80", "86") else set())  # which has no e4m3 numbers

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
-from kernel_cuda.kernels.machine import capability, processors
+from kernel_cuda.kernels.machine import capability, processors, shared_memory
 
 MAX_CHUNKS = 48  # about the most chunks of a short row
 CHUNKS = ((4, 64), (16, 128), (31, 256))  # rows of a step up to which the shortest chunks have so many tokens
@@ -691,7 +691,8 @@ def attend(
     if work.has_long:
         _long[(heads, work.tile_row.shape[0])](
             *data, work.tile_start, work.tile_row, *extras, sink, out, rows, *strides, out.stride(0), out.stride(1), *numbers,
-            **common, TQ=work.tile_q, HAS_SINKS=sinks is not None, **long_shape(dims, work.tile_q * group, wide),
+            **common, TQ=work.tile_q, HAS_SINKS=sinks is not None,
+            **long_shape(dims, work.tile_q * group, wide, shared_memory(q.device)),
         )  # fmt: skip
     room = work.chunk_row.shape[0]
     part = torch.empty(room * heads * work.short_q * group, v_dim + 1, dtype=torch.float32, device=q.device)
@@ -725,10 +726,10 @@ def short_shape(dims: dict[str, int], rows: int, wide: bool, fp8: bool) -> dict[
     }  # fmt: skip
 
 
-def long_shape(dims: dict[str, int], rows: int, wide: bool) -> dict[str, int]:
-    """Block sizes of `_long`."""
+def long_shape(dims: dict[str, int], rows: int, wide: bool, shared: int) -> dict[str, int]:
+    """Block sizes of `_long`; `shared` bytes of memory."""
     size = max(dims["DP"], dims["DVP"])
-    tokens = 64 if size <= 128 else 32
+    tokens = 64 if size <= 128 else 32 if wide or shared > 128 << 10 else 16
     rows = max(16, triton.next_power_of_2(rows))
     return {
         "BM": rows, "BN": tokens // 4 if wide else tokens,

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 
 from kernel_cuda.kernels.attention import BY_BITS, NATIVE, PLAIN, decode_e4m3
-from kernel_cuda.kernels.machine import capability, processors
+from kernel_cuda.kernels.machine import capability, processors, shared_memory
 from kernel_cuda.kernels.pointwise import activate
 
 FEW = 64
+SPARE = 16 << 10  # bytes of shared memory beside the tiles that are on their way
 GROUP = 128  # inputs that share a scale in int4
 NONE = -1
 
@@ -175,13 +176,15 @@ def few_rows(
     shape = shape or shape_for(outputs, rows, size, 1 if gate == NONE else 2, processors(x.device))
     bk = shape.bk // 2 if wide and size < 4 else shape.bk
     bm = min(FEW, max(16, triton.next_power_of_2(rows)))
+    tile = bk * (bm * x.element_size() + shape.bn * size * (1 if gate == NONE else 2))
+    stages = max(2, min(shape.stages, (shared_memory(x.device) - SPARE) // tile + 1))
     fp8 = PLAIN.value
     if weight.dtype == torch.uint8:
         fp8 = NATIVE.value if capability(x.device) >= (8, 9) else BY_BITS.value
     _few_rows[(triton.cdiv(outputs, shape.bn), triton.cdiv(rows, bm))](
         x, weight, x if scale is None else scale, x if bias is None else bias, out, rows, outputs, inputs,
         x.stride(0), out.stride(0), BM=bm, BN=shape.bn, BK=bk, EVEN=inputs % bk == 0, SCALED=scale is not None, FP8=fp8,
-        HAS_BIAS=bias is not None, GATE=gate, IEEE=wide, num_warps=shape.warps, num_stages=shape.stages,
+        HAS_BIAS=bias is not None, GATE=gate, IEEE=wide, num_warps=shape.warps, num_stages=stages,
     )  # fmt: skip
     return out
 

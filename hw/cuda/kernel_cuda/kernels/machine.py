@@ -18,3 +18,11 @@ def processors(device: torch.device) -> int:
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have, by compute capability (CUDA programming guide, specifications)."""
+    major, minor = capability(device)
+    if major in (9, 10) or (major, minor) == (0, 0):
+        return 227 << 10
+    return 163 << 10 if (major, minor) in ((8, 0), (8, 7)) else 99 << 10
