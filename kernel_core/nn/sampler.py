@@ -69,17 +69,13 @@ class Sampler:
     def _draw(self, logits: Tensor, draws: Tensor, view: StepView, host_slot: np.ndarray) -> None:
         """Enter the draws of the rows that are not greedy; those with filters first, as few of their tokens need noise."""
         random = self.slots.host["temperature"][host_slot] > 0
-        filtered = self._uses_filters(host_slot)
+        filtered = self.slots.filters(host_slot)
         for rows, few in ((random & filtered, self._reads_are_free), (random & ~filtered, False)):
             for part in self._parts(np.flatnonzero(rows)):
                 index = upload(part, logits.device)
                 slot = view.slot[index]
                 kept = self._filtered(logits[index].float(), slot, host_slot[part])
                 draws[index] = (draw_kept if few else draw)(kept, self.slots.key[slot], view.position[index])
-
-    def _uses_filters(self, host_slot: np.ndarray) -> np.ndarray:
-        host = self.slots.host
-        return (host["min_p"][host_slot] > 0) | (host["top_k"][host_slot] > 0) | (host["top_p"][host_slot] < 1)
 
     def _rows(self, logits: Tensor, rows: np.ndarray) -> Tensor:
         """A copy of some rows in float32."""
@@ -93,7 +89,7 @@ class Sampler:
         """Temperature and filters; greedy rows stay as they are. logits [n, V] float32, slot [n] → [n, V], −inf dropped."""
         temperature = self.slots.temperature[slot][:, None]
         logits = logits / torch.where(temperature > 0, temperature, 1.0)
-        use = np.flatnonzero(self._uses_filters(host_slot))
+        use = np.flatnonzero(self.slots.filters(host_slot))
         if not len(use):
             return logits
         index = upload(use, logits.device)

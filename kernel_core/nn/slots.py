@@ -42,6 +42,10 @@ class SlotTable:
         self.host = {name: np.zeros(max_slots, np.float32 if name in FLOATS else np.int32) for name in SAMPLING}
         self.host["logprobs"][self.padding] = self.host["prompt_logprobs"][self.padding] = -1
 
+    def filters(self, slots: np.ndarray) -> np.ndarray:
+        """Which of some slots use min_p, top_k or top_p, bool. Host."""
+        return (self.host["min_p"][slots] > 0) | (self.host["top_k"][slots] > 0) | (self.host["top_p"][slots] < 1)
+
     def open(self, opened: Sequence[Opened]) -> None:
         """Fill the slots of new requests. Rate: step, only when there are any."""
         for item in opened:

@@ -102,7 +102,7 @@ def test_the_op_that_a_device_offers_is_taken(byte_model, monkeypatch):
     sampling = {"temperature": 0, "max_tokens": 6, "repetition_penalty": 1.5}
     with LLM(str(byte_model)) as llm:
         expected = llm.generate("aaaa", **sampling)[0].outputs[0].token_ids
-    monkeypatch.setattr("kernel_cpu.ops.register", lambda ops: ops.register("penalise", Offered(), owner="a device"))
+    monkeypatch.setattr("kernel_cpu.ops.register_history", lambda ops: ops.register("penalise", Offered(), owner="a device"))
     with LLM(str(byte_model)) as llm:
         assert llm.generate("aaaa", **sampling)[0].outputs[0].token_ids == expected
     assert asked == [[0]] * 6

@@ -41,9 +41,10 @@ def make_device(context: BuildContext, rank: int, world_size: int) -> Device:
 
 @hookimpl
 def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
-    from kernel_cpu.ops import register
+    from kernel_cpu.ops import register, register_history
 
     register(ops)
+    register_history(ops)
 
 
 @hookimpl

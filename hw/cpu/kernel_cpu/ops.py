@@ -70,5 +70,9 @@ def register(ops: OpRegistry) -> None:
     ops.register("gelu_tanh_mul", gelu_tanh_mul, owner=OWNER, predicate=fits())
     for name in ("rms_norm", "layer_norm", "embedding", "silu_mul", "gelu_mul"):
         ops.register(name, getattr(pointwise, name), owner=OWNER, predicate=fits())
+
+
+def register_history(ops: OpRegistry) -> None:
+    """Ops that other plugins define, on the tokens of the requests."""
     for name in ("penalise", "look_up"):
         ops.register(name, getattr(history, name), owner=OWNER, predicate=lambda facts: build.library() is not None)

@@ -66,7 +66,7 @@ class ForwardGraphs:
         """The module's results, the caller's own. Rate: step."""
         plans = _plans(fwd, others) if self._usable else None
         shape = self._shape(fwd, plans, others) if plans else None
-        if plans is None or shape is None:
+        if shape is None:
             return self.module(fwd, *others)
         graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)
         return self.module(fwd, *others) if graph is None else graph.run(fwd, [plan.batch for plan in plans], others)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from kernel_core.nn.api import Sampler, StepView
+from kernel_core.nn.api import Sampler, SlotTable, StepView
 from kernel_cuda.kernels import sampling as kernels
 
 Draws = Literal["greedy", "random", "filtered"]
 
 
-def draws_of(settings: Mapping[str, np.ndarray], slots: np.ndarray) -> Draws:
-    """The most that any of these slots asks of sampling; filters are min_p, top_k and top_p. Host."""
-    random = settings["temperature"][slots] > 0
+def draws_of(state: SlotTable, slots: np.ndarray) -> Draws:
+    """The most that any of these slots asks of sampling. Host."""
+    random = state.host["temperature"][slots] > 0
     if not random.any():
         return "greedy"
-    filters = (settings["min_p"][slots] > 0) | (settings["top_k"][slots] > 0) | (settings["top_p"][slots] < 1)
-    return "filtered" if (filters & random).any() else "random"
+    return "filtered" if (state.filters(slots) & random).any() else "random"
 
 
 class FusedSampler(Sampler):
@@ -31,7 +29,7 @@ class FusedSampler(Sampler):
         self._ranks = ranks
 
     def draw_rows(self, logits: Tensor, view: StepView, host_slot: np.ndarray) -> tuple[Tensor, Tensor]:
-        draws, slots = draws_of(self.slots.host, host_slot), self.slots
+        draws, slots = draws_of(self.slots, host_slot), self.slots
         if draws == "greedy":
             return kernels.argmax(logits)
         numbers = slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key

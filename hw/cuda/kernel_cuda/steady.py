@@ -44,7 +44,7 @@ class SteadySteps:
         size = next(size for size in self.sizes if size >= len(plan.rows))
         longest = int(np.max(plan.start)) + 1
         length = next(length for length in self.lengths if length >= longest)
-        key = (size, length, draws_of(self.slots.host, plan.rows))
+        key = (size, length, draws_of(self.slots, plan.rows))
         graph = self._graphs.get(key) or self._capture(*key)
         return graph.replay(plan.rows) if graph is not None else None
 

@@ -254,7 +254,7 @@ class FusedPasses(Passes):
 
     def draw(self, logits: Tensor, number: int | Tensor) -> Tensor:
         state = self.slots
-        if draws_of(state.host, self.step.plan.rows) == "greedy":
+        if draws_of(state, self.step.plan.rows) == "greedy":
             return sampling.argmax(logits)[0]
         numbers = state.temperature, state.min_p, state.top_k, state.top_p, state.key
         return sampling.sample(logits, self.rows, self.known + number, *numbers, filters=False)[0]

@@ -35,9 +35,11 @@ class NgramDrafter:
 
     def __init__(self, section: NgramSection, max_slots: int, look_up: Callable[..., Tensor]) -> None:
         self.width = section.draft_tokens
-        self.finder: Finder = Suffixes(section.min_ngram)
-        if section.method == "lookup":
-            self.finder = PromptLookup(section.min_ngram, section.max_ngram, look_up)
+        self.finder: Finder = (
+            PromptLookup(section.min_ngram, section.max_ngram, look_up)
+            if section.method == "lookup"
+            else Suffixes(section.min_ngram)
+        )
         self.needs_host = self.finder.needs_host
         self.length = DraftLength(self.width, max_slots) if section.adaptive else None
 

@@ -12,16 +12,15 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections import Counter
-from functools import partial
 from statistics import median
 from unittest import mock
 
 import torch
+from emulated_device import FUSED
 from graph_emulator import EMPTY
 from kernel_cuda.kernels import pointwise
 from kernel_cuda.ops import register_history
 from kernel_cuda.sampling import FusedSampler
-from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -45,12 +44,6 @@ KINDS = {
     "n-gram drafts": ({"temperature": 0}, DRAFTS),
     "eagle3 drafts": ({"temperature": 0}, EAGLE),
     "draft model, random": ({"temperature": 0.9}, DRAFT_MODEL),
-}
-FUSED = {
-    "sampler": partial(FusedSampler, ranks=True),
-    "step_inputs": FusedInputs,
-    "acceptance": FusedAcceptance,
-    "drafting": FusedDrafting,
 }
 
 
@@ -101,11 +94,6 @@ def counted(asked, plugins, fused):
 
         return run
 
-    def registered(offered, register=ops.register):
-        register(offered)
-        if fused:
-            register_history(offered)
-
     made = {"sampler": FusedSampler, "mask": lambda: pointwise.mask_bits, "graphs": silent, "steady": lambda runner: None}
     made |= FUSED if fused else {}
     with (
@@ -113,7 +101,7 @@ def counted(asked, plugins, fused):
         mock.patch.object(runner.Runner, "submit", submitted),
         mock.patch.object(InterpretedFunction, "run", launched),
         mock.patch.object(torch, "from_numpy", uploaded),
-        mock.patch.object(ops, "register", registered),
+        mock.patch.object(ops, "register_history", register_history if fused else lambda offered: None),
         Engine(model="tiny-chat", device="cpu", max_model_len=128, max_requests=4, plugins=plugins) as engine,
     ):
         for number in range(2):

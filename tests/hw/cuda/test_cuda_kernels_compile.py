@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 PACKAGE = Path(__file__).parents[3] / "hw" / "cuda"
 REGISTERS = 255
-SPILLED = {"80": 320, "86": 320, "90": 144, "100": 160, "120": 352}  # bytes a thread: the widest prefill tiles
+SPILLED = {"80": 320, "86": 320, "90": 128, "100": 160, "120": 352}  # bytes a thread: the widest prefill tiles
 WIDEST = 640  # heads of 256 that are decoded from e4m3
-SHARED = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10}
+SHARED = {"80": 160 << 10, "86": 99 << 10, "90": 160 << 10, "100": 160 << 10, "120": 99 << 10}
+DEEP, DEEPEST = ("few_rows e4m3 64", "few_rows int8 64"), 227 << 10  # what sm_90 and sm_100 have
 HOT = (
     "short decode 64",
     "short decode 128",
@@ -51,7 +52,7 @@ def check(used, architecture):
         assert row["registers"] <= REGISTERS, name
         limit = 8 if name.startswith(HOT) else WIDEST if name == "long prefill e4m3" else SPILLED[architecture]
         assert row["spilled"] <= limit, (name, row)
-        assert row["shared"] <= SHARED[architecture], (name, row)
+        assert row["shared"] <= (DEEPEST if name in DEEP and architecture in ("90", "100") else SHARED[architecture]), (name, row)
 
 
 def test_decoding_on_hopper():
@@ -65,6 +66,7 @@ def test_decoding_on_hopper():
 @pytest.mark.parametrize("architecture", ["80", "86", "90", "100", "120"])
 def test_all(architecture):
     used = compiled(architecture)
+    assert len(used) > 30
     check(used, architecture)
     left_out = launched() - {name.split()[0] for name in used}
     assert left_out == ({"quantise_rows"} if architecture in ("80", "86") else set())  # which has no e4m3 numbers

@@ -34,9 +34,8 @@ def answers(byte_model, monkeypatch):
     yield run
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "random" else name for name in REQUESTS])
-def test_tokens_are_those_of_ordinary_steps(answers, name):
-    requests = REQUESTS[name]
+@pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS)
+def test_tokens_are_those_of_ordinary_steps(answers, requests):
     expected, _ = answers(requests, steady=False)
     got, counted = answers(requests, steady=True)
     assert got == expected

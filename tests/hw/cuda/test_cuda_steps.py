@@ -21,6 +21,6 @@ def test_every_array_is_the_kernels(options, monkeypatch):
     from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 
     seen, ordinary = Counter(), CpuDevice.runner_parts
-    parts = twins(FusedInputs, FusedAcceptance, FusedDrafting, seen, every=3) | {"steady": lambda runner: None}
+    parts = twins(FusedInputs, FusedAcceptance, FusedDrafting, seen) | {"steady": lambda runner: None}
     monkeypatch.setattr(CpuDevice, "runner_parts", lambda device: ordinary(device) | parts)
     check(options, seen, (REQUESTS["random"], OTHERS["repeating"], OTHERS["prefixes"]))

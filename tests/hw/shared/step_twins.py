@@ -68,8 +68,8 @@ def entered(slots):
     return state(slots) | {"tokens": slots.tokens[:, :-1].clone()}  # the last column takes what is not kept
 
 
-def twins(inputs, acceptance, drafting, seen, every=1):
-    """The parts, which check themselves, a drafter's passes in one of `every` steps; `seen` counts what was checked."""
+def twins(inputs, acceptance, drafting, seen):
+    """The parts, which check themselves; `seen` counts what there was to be checked."""
 
     class Inputs(inputs):
         def build(self, plan):
@@ -107,8 +107,6 @@ def twins(inputs, acceptance, drafting, seen, every=1):
             got, expected = super().view(step, verified, hidden, taps), Drafting.view(self, step, verified, hidden, taps)
             same(expected, got, "view")
             assert (type(got.passes) is Passes) == self.tree
-            if seen["steps"] % every:
-                return got
             some = torch.arange(len(got.known), device=got.known.device) % 3 - 1
             logits = torch.sin(torch.arange(len(some) * 50, device=some.device) ** 2.0).view(-1, 50) * 4
             if not self.tree:
@@ -140,7 +138,7 @@ def check(options, seen, workloads):
     assert seen["steps"] > 20
     if options.get("plugins"):
         assert seen["drafts"] > 20 and seen["accepted"] > 3
-        assert seen["catch_up"] > 20 or options["plugins"] is REPEATS
+        assert seen["catch_up"] > 50 or options["plugins"] is REPEATS
     if options.get("plugins") is EAGLE:
         assert seen["masked"] > 0
     if "max_tokens_per_step" in options:

@@ -21,9 +21,9 @@ def _count(
     place = part * BLOCK + tl.arange(0, BLOCK)
     held = place < tl.minimum(tl.load(known + slot), columns)
     token = tl.load(history + slot * stride + place, mask=held, other=0)
-    is_prompt = place < tl.load(num_prompt + slot)
-    tl.atomic_or(counts + i * V + token, 1, mask=held & is_prompt, sem="relaxed")
-    tl.atomic_add(counts + i * V + token, 2, mask=held & (place >= tl.load(num_prompt + slot)), sem="relaxed")
+    prompt = tl.load(num_prompt + slot)
+    tl.atomic_or(counts + i * V + token, 1, mask=held & (place < prompt), sem="relaxed")
+    tl.atomic_add(counts + i * V + token, 2, mask=held & (place >= prompt), sem="relaxed")
     if part == 0:
         draft, there = _before(n, rows, ancestors, drafts, width, ancestors_stride, drafts_stride, W)
         tl.atomic_add(counts + i * V + draft, 2, mask=there, sem="relaxed")
