@@ -67,7 +67,7 @@ from kernel_core.nn.protocols import (
 from kernel_core.nn.rope import RopeConfig, Rotary, read_rope
 from kernel_core.nn.sampler import Sampled, Sampler
 from kernel_core.nn.slots import SlotTable
-from kernel_core.nn.transfer import upload, upload_columns
+from kernel_core.nn.transfer import Download, upload, upload_columns
 from kernel_core.nn.transforms import mask_bits
 from kernel_core.nn.verify import Acceptance, Verified
 
@@ -95,6 +95,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderLayer",
     "Device",
+    "Download",
     "DraftBatch",
     "Drafter",
     "Drafting",

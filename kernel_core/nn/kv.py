@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernel_core.errors import CapacityError, ConfigError
 from kernel_core.nn.protocols import AttentionBackend, AttentionBatch, AttentionSpec
-from kernel_core.nn.transfer import upload
+from kernel_core.nn.transfer import Download, upload
 from kernel_core.plan import Capabilities, Copies, KVGroup
 
 Choose = Callable[[AttentionSpec], AttentionBackend]
@@ -81,13 +82,13 @@ class Blocks:
         names = [[(layer, store.backends[layer].name) for layer in group.layers] for group in store.groups]
         self.layout = repr((shapes, names))
 
-    def read(self, group: int, ids: Sequence[int]) -> Tensor:
-        index = torch.tensor(ids, device=self.device)
+    def read(self, group: int, ids: Sequence[int]) -> Download:
+        index = upload(np.array(ids, np.int64), self.device)
         parts = [t[index].flatten(1).view(torch.uint8) for t in self._tensors[group]]
-        return torch.cat(parts, 1).cpu()
+        return Download({"blocks": torch.cat(parts, 1)}, self.device)
 
     def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
-        index = torch.tensor(ids, device=self.device)
+        index = upload(np.array(ids, np.int64), self.device)
         parts = data.to(self.device, non_blocking=True).split([t[0].nbytes for t in self._tensors[group]], 1)
         for tensor, part in zip(self._tensors[group], parts, strict=True):
             tensor[index] = part.contiguous().view(tensor.dtype).view(len(ids), *tensor.shape[1:])

@@ -21,6 +21,7 @@ from kernel_core.config import KernelConfig
 from kernel_core.contexts import BuildContext, ModelInfo
 from kernel_core.manifest import ModelFamily
 from kernel_core.nn.draft_length import DraftLength
+from kernel_core.nn.transfer import Download
 from kernel_core.plan import Allocation, Capabilities, Opened, StepPlan, StepResult, WorkerReport
 
 # ---- attention and KV --------------------------------------------------------------------------------------------
@@ -127,8 +128,8 @@ class BlockAccess(Protocol):
     bytes_per_block: Sequence[int]  # per group
     layout: str  # what these bytes mean: equal between two workers that understand each other's
 
-    def read(self, group: int, ids: Sequence[int]) -> Tensor:
-        """→ uint8 [n, bytes_per_block] on the host."""
+    def read(self, group: int, ids: Sequence[int]) -> Download:
+        """→ "blocks" uint8 [n, bytes_per_block] on its way to the host: what the blocks hold after the steps before."""
 
     def write(self, group: int, ids: Sequence[int], data: Tensor) -> None:
         """uint8 [n, bytes_per_block] on the host, as `read` gave it. From pinned memory the host does not wait for the copy."""

@@ -38,6 +38,10 @@ class Download:
         self._event = torch.Event(device)
         self._event.record()
 
+    def arrived(self) -> bool:
+        """Would `arrays` not wait?"""
+        return self._event is None or self._event.query()
+
     def arrays(self) -> dict[str, np.ndarray]:
         if self._event is not None:
             self._event.synchronize()

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from kernel_core import LLM, SamplingParams
 from kernel_core.errors import ConfigError
 from kernel_core.nn.kv import Blocks
+from kernel_core.nn.transfer import Download
 
 SIZE = 48
 NAMES = [(group, bytes([number] * 4)) for group in range(2) for number in range(6)]
@@ -191,6 +192,48 @@ def test_evicted_blocks_come_back(plain, options):
     assert max(cached) < 32 and min(cached_again) >= 48
 
 
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """What leaves the device arrives when it is asked for the fourth time, or waited for. → how long each took."""
+    taken = []
+
+    def begin(self, tensors, device):
+        self.number, self._tensors, self._event = len(taken), {name: t.clone() for name, t in tensors.items()}, None
+        taken.append(0)
+
+    def arrived(self):
+        taken[self.number] += 1
+        return taken[self.number] > 3
+
+    late = type("LateDownload", (Download,), {"__init__": begin, "arrived": arrived})
+    monkeypatch.setattr("kernel_core.nn.kv.Download", late)
+    return taken
+
+
+@pytest.mark.parametrize(
+    "options", [{"overlap": True}, {"overlap": False, "max_tokens_per_step": 7}], ids=["overlapped", "chunks"]
+)
+def test_blocks_are_saved_while_steps_run(plain, slow_copies, options):
+    with engine(**options) as llm:
+        assert ask(llm)[0] == plain
+        again, cached = ask(llm)
+    assert again == plain and min(cached) >= 48
+    assert len(slow_copies) > 5 and max(slow_copies) > 3
+
+
+def test_blocks_that_leave_the_device_at_the_end_reach_the_disk(plain, slow_copies, tmp_path, monkeypatch):
+    order, put, flush = [], Tiers.put, Tiers.flush
+    monkeypatch.setattr(Tiers, "put", lambda *args: order.append("put") or put(*args))
+    monkeypatch.setattr(Tiers, "flush", lambda tiers: order.append("flush") or flush(tiers))
+    with engine(tmp_path, kv_blocks=64) as llm:
+        ask(llm, PROMPTS[:2])
+    assert slow_copies and max(slow_copies) <= 3, "they were waited for"
+    assert order[:2] == ["put", "put"] and "put" not in order[order.index("flush") :]
+    with engine(tmp_path, host=0) as llm:
+        again, cached = ask(llm, PROMPTS[:2])
+    assert again == plain[:2] and min(cached) >= 48
+
+
 def test_without_it_they_are_computed_again(plain):
     with LLM(**COMMON, plugins={"prefix_caching": {}}) as llm:
         ask(llm)
@@ -284,11 +327,12 @@ def test_blocks_are_restored_bit_for_bit(plain_path, monkeypatch):
     with LLM(**COMMON) as llm:
         llm.generate(PROMPTS[:2], GREEDY)
         blocks = Blocks(llm.engine.core.executor._worker.runner.kv)
-        before = blocks.read(0, [1, 2, 3])
+        read = lambda ids: torch.from_numpy(blocks.read(0, ids).arrays()["blocks"])  # noqa: E731
+        before = read([1, 2, 3])
         assert before.shape == (3, blocks.bytes_per_block[0]) and before.dtype == torch.uint8
         assert len(np.unique(before.numpy())) > 100
         blocks.write(0, [9, 7, 8], before)
-        assert torch.equal(blocks.read(0, [9, 7, 8]), before) and torch.equal(blocks.read(0, [1, 2, 3]), before)
+        assert torch.equal(read([9, 7, 8]), before) and torch.equal(read([1, 2, 3]), before)
 
 
 def test_what_cannot_work_is_refused(tmp_path):

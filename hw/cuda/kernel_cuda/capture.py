@@ -24,7 +24,8 @@ def sizes_up_to(most: int) -> list[int]:
 
 class Capture:
     """The `Record` of a GPU. The function runs once beforehand, so that kernels are compiled and libraries have their memory; it
-    must do the same again and change nothing in these two runs. All graphs share one pool: no two of them run at once."""
+    must do the same again and change nothing in these two runs. All graphs share one pool: no two of them run at once. Other threads
+    may use CUDA meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,7 +38,7 @@ class Capture:
             function()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = function()
         return graph.replay, results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernel_core.api import decode
-from kernel_core.nn.api import BlockAccess
+from kernel_core.nn.api import BlockAccess, Download, LongJob
 from kernel_kv_offload import KVOffloadSection
 from kernel_kv_offload.disk import DiskTier
 from kernel_kv_offload.host import CHUNK, HostTier
@@ -22,6 +23,7 @@ GIB = 1 << 30
 Name = tuple[int, bytes]
 Part = tuple[int, list[int], list[bytes]]  # KV group, blocks, keys
 WAITING = 64  # blocks that wait to be written to disk, at most
+AHEAD = 4  # chunks of a job that are on their way off the device, at most
 logger = logging.getLogger("kernel_core.kv_offload")
 
 
@@ -130,6 +132,42 @@ class Flushing:
         self._done.result()
 
 
+class Saving:
+    """A LongJob: blocks leave the device while steps run; the worker's thread puts them into the tiers as they arrive, the
+    last ones when `finish` is called, also a second time."""
+
+    def __init__(self, blocks: BlockAccess, tiers: Tiers) -> None:
+        self._blocks, self._tiers = blocks, tiers
+        self._moving: deque[tuple[list[Name], Download]] = deque()
+
+    def begin(self, group: int, ids: Sequence[int], keys: Sequence[bytes]) -> None:
+        new = [(block, (group, key)) for block, key in zip(ids, keys) if (group, key) not in self._tiers]
+        most = max(CHUNK // self._blocks.bytes_per_block[group], 1)
+        for start in range(0, len(new), most):
+            part = new[start : start + most]
+            self._moving.append(([name for _, name in part], self._blocks.read(group, [block for block, _ in part])))
+            while self._moving and (len(self._moving) > AHEAD or self._moving[0][1].arrived()):
+                self._put()
+
+    @property
+    def moves(self) -> bool:
+        """Is there something that `finish` has to do?"""
+        return bool(self._moving)
+
+    def done(self, wait: float) -> bool:
+        return wait > 0 or all(rows.arrived() for _, rows in self._moving)
+
+    def finish(self) -> None:
+        while self._moving:
+            self._put()
+
+    def _put(self) -> None:
+        names, rows = self._moving.popleft()
+        for name, row in zip(names, torch.from_numpy(rows.arrays()["blocks"])):
+            if name not in self._tiers:
+                self._tiers.put(name, row)
+
+
 class Loading:
     """A LongJob: a thread reads the blocks, the worker's thread writes them to the device."""
 
@@ -153,24 +191,27 @@ class OffloadStore:
         self.pinned = blocks.device.type == "cuda"
         self.tiers = Tiers(HostTier(blocks.bytes_per_block, int(section.host_gib * GIB), self.pinned), disk)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv_offload_read")
+        self._savings: list[Saving] = []
 
-    def job(self, data: bytes) -> Loading | None:
+    def job(self, data: bytes) -> LongJob | None:
         action, parts = decode(data, tuple[str, list[Part]])
         if action == "load":
             return Loading(self._reader.submit(self._read, parts), parts, self.blocks)
         if action == "flush":
+            self._finish_savings()
             return Flushing(self._reader.submit(self.tiers.flush))
+        saving = Saving(self.blocks, self.tiers)
         for part in parts:
-            self._save(*part)
-        return None
+            saving.begin(*part)
+        if saving.done(0):
+            saving.finish()
+            return None
+        self._savings = [*(other for other in self._savings if other.moves), saving]
+        return saving
 
-    def _save(self, group: int, ids: list[int], keys: list[bytes]) -> None:
-        new = [(block, key) for block, key in zip(ids, keys) if (group, key) not in self.tiers]
-        most = max(CHUNK // self.blocks.bytes_per_block[group], 1)
-        for start in range(0, len(new), most):
-            part = new[start : start + most]
-            for (_, key), row in zip(part, self.blocks.read(group, [block for block, _ in part])):
-                self.tiers.put((group, key), row)
+    def _finish_savings(self) -> None:
+        for saving in self._savings:
+            saving.finish()
 
     def _read(self, parts: Sequence[Part]) -> list[Tensor]:
         return [self._rows(group, keys) for group, _, keys in parts]
@@ -183,5 +224,6 @@ class OffloadStore:
 
     def close(self) -> None:
         """Nothing is lost that the disk has room for."""
+        self._finish_savings()
         self._reader.shutdown()
         self.tiers.close()

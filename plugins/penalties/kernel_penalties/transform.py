@@ -33,7 +33,7 @@ class Penalties(LogitsTransform):
         if payload is not None:
             given = decode(payload, dict)
             row = [given[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")]
-            self.numbers[opened.slot] = torch.tensor(row, device=self.device)
+            self.numbers[opened.slot] = upload(np.array(row, np.float32), self.device)
         return payload is not None
 
     def closed(self, slot: int) -> None:
