@@ -73,7 +73,7 @@ class SlotTable:
         floats = upload(np.stack([self.host[name][slots] for name in FLOATS]), self.device)
         for name, values in zip(FLOATS, floats, strict=True):
             getattr(self, name)[slot] = values
-        self.drafts[slot] = NO_TOKEN
+        self.drafts.index_fill_(0, slot, NO_TOKEN)
         self.parents[slot] = self.chain
 
 
@@ -89,7 +89,7 @@ class BlockTables:
         """Forget what earlier owners of the slots held. Rate: step, only when requests open."""
         index = upload(np.asarray(slots, np.int64), self.device)
         for table in self.tables:
-            table[index] = 0
+            table.index_fill_(0, index, 0)
 
     def update(self, new_blocks: Sequence[BlockUpdate]) -> None:
         """Enter the plan's new blocks. Rate: step."""

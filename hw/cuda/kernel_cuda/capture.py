@@ -24,8 +24,8 @@ def sizes_up_to(most: int) -> list[int]:
 
 class Capture:
     """The `Record` of a GPU. The function runs once beforehand, so that kernels are compiled and libraries have their memory; it
-    must do the same again and change nothing in these two runs. All graphs share one pool: no two of them run at once. Other threads
-    may use CUDA meanwhile."""
+    must do the same again and change nothing in these two runs. Other threads may use CUDA meanwhile. All graphs share one pool:
+    no two of them run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -53,14 +53,15 @@ class _Places:
     """Where the tokens of a batch stand, and which places of their rows they see."""
 
     def __init__(self, batch):
-        tokens = torch.arange(len(batch.slot_mapping))
+        on = batch.kv_len.device
+        tokens = torch.arange(len(batch.slot_mapping), device=on)
         row = torch.searchsorted(batch.q_start[1:].contiguous(), tokens.int(), right=True).clamp(max=len(batch.kv_len) - 1)
         self.context = (batch.kv_len[row] - (batch.q_start[row + 1] - batch.q_start[row])).long()
         own = self.context + tokens - batch.q_start[row]
         self.logical = own if batch.positions is None else batch.positions
-        held = torch.arange(batch.block_table.shape[1]) * batch.block_size < batch.kv_len[row][:, None]
+        held = torch.arange(batch.block_table.shape[1], device=on) * batch.block_size < batch.kv_len[row][:, None]
         self.table = torch.where(held, batch.block_table[row], 0).long()  # beyond a row's length there may be junk
-        self.place = torch.arange(self.table.shape[1] * batch.block_size)[None, :]
+        self.place = torch.arange(self.table.shape[1] * batch.block_size, device=on)[None, :]
         self.seen = self.place <= own[:, None]
         if batch.tree is not None:
             index = self.place - self.context[:, None]

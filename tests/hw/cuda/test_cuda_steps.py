@@ -6,21 +6,29 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from steady_workload import REQUESTS
+from steady_workload import REQUESTS, greedy
 from step_twins import ENGINES, OTHERS, check, twins
 
-QUICK = ("eagle",)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_device.py runs them on the GPU")
+QUESTION = [("<|user|>What does os.path.join do?<|end|><|assistant|>", greedy(max_tokens=40))]
+WORKLOADS = REQUESTS["random"], OTHERS["repeating"], OTHERS["prefixes"]
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(ENGINES[name], id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ENGINES]
-)
+def test_every_array_of_a_few_steps(monkeypatch):
+    compare(ENGINES["eagle"], [QUESTION, OTHERS["prefixes"][:2]], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 def test_every_array_is_the_kernels(options, monkeypatch):
+    compare(options, WORKLOADS, monkeypatch)
+
+
+def compare(options, workloads, monkeypatch):
     from kernel_cpu.device import CpuDevice
     from kernel_cuda.steps import FusedAcceptance, FusedDrafting, FusedInputs
 
     seen, ordinary = Counter(), CpuDevice.runner_parts
     parts = twins(FusedInputs, FusedAcceptance, FusedDrafting, seen) | {"steady": lambda runner: None}
     monkeypatch.setattr(CpuDevice, "runner_parts", lambda device: ordinary(device) | parts)
-    check(options, seen, (REQUESTS["random"], OTHERS["repeating"], OTHERS["prefixes"]))
+    check(options, seen, workloads)
