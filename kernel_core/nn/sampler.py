@@ -41,7 +41,7 @@ class Sampled:
 class Sampler:
     """The runner part "sampler". Replaceable: anything called like this, `(logits, view, layout, transform) → Sampled`.
 
-    A device may replace `draw_rows` and `rank`, which are all passes over the whole vocabulary."""
+    A device may replace `draw_rows`, `filtered` and `rank`, which are all passes over the whole vocabulary."""
 
     def __init__(self, slots: SlotTable, vocab_size: int, logprobs_mode: str) -> None:
         self.slots, self.vocab_size, self.mode = slots, vocab_size, logprobs_mode
@@ -74,7 +74,7 @@ class Sampler:
             for part in self._parts(np.flatnonzero(rows)):
                 index = upload(part, logits.device)
                 slot = view.slot[index]
-                kept = self._filtered(logits[index].float(), slot, host_slot[part])
+                kept = self.filtered(logits[index].float(), slot, host_slot[part])
                 draws[index] = (draw_kept if few else draw)(kept, self.slots.key[slot], view.position[index])
 
     def _rows(self, logits: Tensor, rows: np.ndarray) -> Tensor:
@@ -85,8 +85,8 @@ class Sampler:
         size = max(1, ELEMENTS_AT_ONCE[self._reads_are_free] // self.vocab_size)
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
-    def _filtered(self, logits: Tensor, slot: Tensor, host_slot: np.ndarray) -> Tensor:
-        """Temperature and filters; greedy rows stay as they are. logits [n, V] float32, slot [n] → [n, V], −inf dropped."""
+    def filtered(self, logits: Tensor, slot: Tensor, host_slot: np.ndarray) -> Tensor:
+        """Temperature (greedy rows: 1) and filters: logits [n, V] float32, slot [n] and on the host → [n, V], −inf dropped."""
         temperature = self.slots.temperature[slot][:, None]
         logits = logits / torch.where(temperature > 0, temperature, 1.0)
         use = np.flatnonzero(self.slots.filters(host_slot))
@@ -118,7 +118,7 @@ class Sampler:
             return None
         index = upload(asked, logits.device)
         slot = layout.logits_slot[asked]
-        values = self._filtered(logits[index].float(), view.slot[index], slot) if raw is None else raw
+        values = self.filtered(logits[index].float(), view.slot[index], slot) if raw is None else raw
         k = self.slots.host["logprobs"][slot]
         return LogprobColumns(layout.logits_row[asked], asked, k, *self.rank(values, draws[index], int(k.max())))
 

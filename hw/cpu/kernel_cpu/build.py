@@ -205,6 +205,7 @@ SIGNATURES = {
     "kc_sample": "iplpppppppppplll",
     "kc_rank": "pppppplll",
     "kc_penalise": "plppppl" + "ppppllplll",
+    "kc_ban": "plpppppl" + "ppppllll",
     "kc_look_up": "plppplllll",
     "kc_replay": "pl",
 }

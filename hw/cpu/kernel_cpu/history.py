@@ -21,6 +21,18 @@ def penalise(logits: Tensor, index: Tensor, step: StepView, numbers: Tensor) -> 
     return logits
 
 
+def ban(logits: Tensor, bans: Tensor, step: StepView) -> Tensor:
+    """The op `ban` of the logit rules."""
+    drafts, ancestors, bans = step.drafts.contiguous(), step.ancestors.contiguous(), bans.contiguous()
+    pointers = (bans, step.slot, step.row, step.position, step.history)
+    build.library().kc_ban(
+        logits.data_ptr(), logits.stride(0), *(x.data_ptr() for x in pointers), step.history.stride(0), step.known.data_ptr(),
+        step.num_prompt.data_ptr(), ancestors.data_ptr(), drafts.data_ptr(), drafts.stride(0), ancestors.shape[1],
+        bans.shape[1] - 3, len(bans),
+    )  # fmt: skip
+    return logits
+
+
 def look_up(history: Tensor, slots: Tensor, known: Tensor, length: int, least: int, most: int, number: int) -> Tensor:
     """The op `look_up` of the n-gram drafter."""
     out = torch.empty(len(slots), number, dtype=torch.int64)

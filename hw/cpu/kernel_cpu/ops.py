@@ -74,5 +74,5 @@ def register(ops: OpRegistry) -> None:
 
 def register_history(ops: OpRegistry) -> None:
     """Ops that other plugins define, on the tokens of the requests."""
-    for name in ("penalise", "look_up"):
+    for name in ("penalise", "ban", "look_up"):
         ops.register(name, getattr(history, name), owner=OWNER, predicate=lambda facts: build.library() is not None)

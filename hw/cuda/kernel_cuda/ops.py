@@ -179,6 +179,7 @@ def register(ops: OpRegistry) -> None:
 def register_history(ops: OpRegistry) -> None:
     """Ops that other plugins define, on the tokens of the requests."""
     ops.register("penalise", Penalise(), owner=OWNER)
+    ops.register("ban", history.ban, owner=OWNER)
     ops.register("look_up", history.look_up, owner=OWNER)
 
 

@@ -22,7 +22,8 @@ def draws_of(state: SlotTable, slots: np.ndarray) -> Draws:
 
 
 class FusedSampler(Sampler):
-    """Gives the tokens of `Sampler` in two launches, six where a row filters. `ranks`: logprobs by kernels too."""
+    """Gives the tokens of `Sampler` in two launches, six where a row filters. `ranks`: logprobs, also processed ones, by kernels
+    too."""
 
     def __init__(self, *parts: Any, ranks: bool = False) -> None:
         super().__init__(*parts)
@@ -34,6 +35,12 @@ class FusedSampler(Sampler):
             return kernels.argmax(logits)
         numbers = slots.temperature, slots.min_p, slots.top_k, slots.top_p, slots.key
         return kernels.sample(logits, view.slot, view.position, *numbers, filters=draws == "filtered")
+
+    def filtered(self, logits: Tensor, slot: Tensor, host_slot: np.ndarray) -> Tensor:
+        if not self._ranks:
+            return super().filtered(logits, slot, host_slot)
+        slots, filters = self.slots, bool(self.slots.filters(host_slot).any())
+        return kernels.filtered(logits, slot, slots.temperature, slots.min_p, slots.top_k, slots.top_p, filters)
 
     def rank(self, logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if not self._ranks:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kernel_core.api import BuildContext, Manifest, RequestPreparer, hookimpl
 
 if TYPE_CHECKING:
-    from kernel_core.nn.api import LogitsTransform, WorkerContext
+    from kernel_core.nn.api import LogitsTransform, OpRegistry, WorkerContext
 
 manifest = Manifest(
     name="logit_rules",
@@ -32,8 +32,15 @@ def prepare_request(context: BuildContext) -> RequestPreparer:
 
 
 @hookimpl
+def register_ops(context: WorkerContext, ops: OpRegistry) -> None:
+    from kernel_logit_rules.ban import ban
+
+    ops.register("ban", ban, owner=context.plugin, priority=-1)
+
+
+@hookimpl
 def make_logits_transform(context: WorkerContext) -> Sequence[LogitsTransform]:
     from kernel_logit_rules.transform import BiasRule, MaskRule
 
-    sizes = (context.plugin, context.max_slots, context.vocab_size, context.device)
-    return [MaskRule(*sizes), BiasRule(*sizes)]
+    ban = context.ops.resolve("ban", vocab_size=context.vocab_size)
+    return [MaskRule(context.plugin, context.vocab_size, context.device, ban), BiasRule(context.plugin)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from kernel_core.api import Opened, decode
 from kernel_core.nn.api import LogitsTransform, StepView, upload
+from kernel_logit_rules.ban import ANY
 from kernel_logit_rules.request import Rules
 
-ANY = -2  # matches every token in a prefix
-NO_OUTPUT = -1  # in a tail: the output is not that long
+Op = Callable[[Tensor, Tensor, StepView], Tensor]
 ALWAYS = np.iinfo(np.int32).max
 
 
@@ -46,8 +47,8 @@ class MaskRule(LogitsTransform):
     host = False
     argmax_invariant = False
 
-    def __init__(self, plugin: str, max_slots: int, vocab_size: int, device: torch.device) -> None:
-        self.plugin, self.vocab_size, self.device = plugin, vocab_size, device
+    def __init__(self, plugin: str, vocab_size: int, device: torch.device, ban: Op) -> None:
+        self.plugin, self.vocab_size, self.device, self._ban = plugin, vocab_size, device, ban
         self.allowed: dict[int, Tensor] = {}
         self.bans: dict[int, Bans] = {}
 
@@ -75,36 +76,16 @@ class MaskRule(LogitsTransform):
             rows = upload(np.flatnonzero(step.host_slot == slot), logits.device)
             logits[rows] = logits[rows].masked_fill(~self.allowed[slot], float("-inf"))
         banned = [row for row, slot in enumerate(slots) if slot in self.bans]
-        return self._ban(logits, step, np.array(banned, np.int64)) if banned else logits
+        return self._ban(logits, upload(self._listed(banned, step.host_slot), logits.device), step) if banned else logits
 
-    def _ban(self, logits: Tensor, step: StepView, rows: np.ndarray) -> Tensor:
-        bans = [self.bans[int(step.host_slot[row])] for row in rows]
+    def _listed(self, rows: Sequence[int], host_slot: np.ndarray) -> np.ndarray:
+        """The bans of some logits rows, as the op `ban` takes them."""
+        bans = [self.bans[int(host_slot[row])] for row in rows]
         width = max(b.prefix.shape[1] for b in bans)
         wide = [np.pad(b.prefix, ((0, 0), (width - b.prefix.shape[1], 0)), constant_values=ANY) for b in bans]
-        place = np.repeat(np.arange(len(rows)), [len(b.token) for b in bans])
-        host = (rows[place], place, np.concatenate([b.token for b in bans]), np.concatenate([b.until for b in bans]))
-        on = upload(np.column_stack([*host, np.concatenate(wide)]), logits.device)
-        row, place, token, until, prefix = on[:, 0], on[:, 1], on[:, 2], on[:, 3], on[:, 4:]
-        tail = output_tail(step, upload(rows, logits.device), width)
-        out = step.position[row] - step.num_prompt[step.slot[row]]
-        hit = (out < until) & ((tail[place] == prefix) | (prefix == ANY)).all(1)
-        change = torch.where(hit, float("-inf"), float("inf"))
-        logits.view(-1).scatter_reduce_(0, row * logits.shape[1] + token, change, "amin")
-        return logits
-
-
-def output_tail(step: StepView, rows: Tensor, width: int) -> Tensor:
-    """The last `width` output tokens before each of some logits rows [n], drafts on its path included → [n, width]."""
-    slot, before = step.slot[rows], step.ancestors[rows].long()
-    back = torch.arange(width, 0, -1, device=rows.device)  # 1: the last token
-    count = (before >= 0).sum(-1, keepdim=True)
-    place = step.known[slot, None].long() - (back - count)
-    known = step.history[slot[:, None], place.clamp(min=0, max=step.history.shape[1] - 1)].long()
-    tail = torch.where(place >= step.num_prompt[slot, None], known, NO_OUTPUT)
-    if not before.shape[1]:
-        return tail
-    number = before.gather(1, (count - back).clamp(min=0)).clamp(min=0)
-    return torch.where(back <= count, step.drafts[step.row[rows]].gather(1, number), tail)
+        row = np.repeat(np.array(rows, np.int64), [len(b.token) for b in bans])
+        columns = row, np.concatenate([b.token for b in bans]), np.concatenate([b.until for b in bans])
+        return np.column_stack([*columns, np.concatenate(wide)])
 
 
 class BiasRule(LogitsTransform):
@@ -114,7 +95,7 @@ class BiasRule(LogitsTransform):
     host = False
     argmax_invariant = False
 
-    def __init__(self, plugin: str, max_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, plugin: str) -> None:
         self.plugin = plugin
         self.bias: dict[int, Rules] = {}
 

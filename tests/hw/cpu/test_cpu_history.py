@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from history_cases import NGRAMS, check_look_up, check_penalties
+from history_cases import NGRAMS, check_bans, check_look_up, check_penalties
 from kernel_cpu import build, history
 
 CPU = torch.device("cpu")
@@ -11,6 +11,11 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no compil
 
 def test_penalties():
     check_penalties(history.penalise, CPU)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_bans(length):
+    check_bans(history.ban, CPU, length)
 
 
 @pytest.mark.parametrize(("least", "most", "number"), NGRAMS)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -150,6 +151,8 @@ def sampling():
     kernels.sample(logits, at, at, *numbers, key, filters=False)
     kernels.sample(logits, at, at, *numbers, key)
     kernels.rank(logits.float(), at, 5, False)
+    for filters in (False, True):
+        kernels.filtered(logits.float(), at, *numbers, filters)
 
 
 def small_arrays():
@@ -201,6 +204,9 @@ def history():
     ancestors, drafts = meta(64, 5, dtype=torch.int32), meta(64, 5, dtype=torch.int64)
     kernels.penalise(logits, wide, wide, wide, tokens, ints, ints, ancestors, drafts, numbers, counts, 8192)
     kernels.look_up(tokens, wide, wide, 8192, 2, 4, 4)
+    step = SimpleNamespace(slot=wide, row=wide, position=wide, history=tokens, known=ints, num_prompt=ints)
+    step.ancestors, step.drafts = ancestors, drafts
+    kernels.ban(logits, meta(300, 5, dtype=torch.int64), step)
 
 
 HALF, WIDE = torch.bfloat16, torch.float32

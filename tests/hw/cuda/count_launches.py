@@ -37,6 +37,7 @@ KINDS = {
     "logprobs": ({"temperature": 0, "logprobs": 5}, {}),
     "penalties": ({"temperature": 0, "repetition_penalty": 1.2}, {}),
     "logit bias": ({"temperature": 0, "logit_bias": {5: 2.0}}, {}),
+    "minimum and bad words": ({"temperature": 0, "min_tokens": 8, "bad_words": ["one", "two three"], "ignore_eos": False}, {}),
     "guided decoding": (
         {"temperature": 0, "structured_outputs": {"regex": "[a-z ]{60}"}, "ignore_eos": False},
         {"guided_decoding": {}},

@@ -37,6 +37,8 @@ class TensorAttention(CudaAttention):
         seen = seen & near & (at.place >= spec.first_slot)
         keys, values = (x.repeat_interleave(group, 2) for x in (keys, values))
         scores = torch.einsum("thd,tphd->thp", q, keys) * spec.scale
+        if spec.soft_cap:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         weights = scores.masked_fill(~seen[:, None], -1e30).softmax(-1)
         return torch.einsum("thp,tphd->thd", weights, values)
 

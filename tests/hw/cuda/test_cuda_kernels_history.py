@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from history_cases import NGRAMS, VOCAB, check_look_up, check_penalties
+from history_cases import NGRAMS, VOCAB, check_bans, check_look_up, check_penalties
 from kernel_cuda.kernels import history
 from kernel_cuda.ops import Penalise
 
@@ -19,6 +19,11 @@ def small_parts(monkeypatch):
 def test_penalties(device, monkeypatch, counters):
     monkeypatch.setattr("kernel_cuda.ops.COUNTS_AT_ONCE", counters)
     check_penalties(Penalise(), device)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_bans(device, length):
+    check_bans(history.ban, device, length)
 
 
 @pytest.mark.parametrize(("least", "most", "number"), NGRAMS)

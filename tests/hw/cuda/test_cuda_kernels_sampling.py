@@ -142,6 +142,19 @@ def test_draw(device):
     assert torch.equal(drawn, noisy.argmax(-1))
 
 
+def test_what_is_drawn_from(device):
+    torch.manual_seed(4)
+    logits, given, slot = torch.randn(20, 900, device=device) * 3, settings(device, 20), torch.randperm(20, device=device)
+    temperature, min_p, top_k, top_p = (given[name] for name in ("temperature", "min_p", "top_k", "top_p"))
+    got = sampling.filtered(logits, slot, temperature, min_p, top_k, top_p)
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[slot, None]
+    for row, at, told in zip(scaled, slot.tolist(), got, strict=True):
+        wanted = row.masked_fill(~kept(row, min_p[at], top_k[at], top_p[at]), -torch.inf)
+        torch.testing.assert_close(told, wanted, atol=1e-6, rtol=1e-6)
+    plain = sampling.filtered(logits, slot, temperature, min_p, top_k, top_p, filters=False)
+    torch.testing.assert_close(plain, scaled, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("k", [0, 5])
 @pytest.mark.parametrize("as_they_are", [False, True])
 def test_ranks_and_logprobs(device, k, as_they_are):

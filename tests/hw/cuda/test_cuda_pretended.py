@@ -70,7 +70,7 @@ def agree(model, **options):
     expected = answers(model, "cpu", **{key: value for key, value in options.items() if key != "plugins"})
     with pretended_gpu.use() as gpu:
         got = answers(model, "cuda", **options)
-    assert differences(expected, got, False) == [] and gpu.waits == [] and gpu.steps > 10
+    assert differences(expected, got, False) == [] and gpu.waits == [] and gpu.steps > 5
     return gpu
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from kernel_logit_rules.ban import ANY, ban
 from kernel_ngram.lookup import look_up_slots
 from kernel_penalties.penalise import Penalise
 
@@ -43,6 +44,49 @@ def check_penalties(penalise, device):
         got = penalise(logits.clone(), index, step, numbers)
         assert torch.equal(got, reference(logits.clone(), index, step, numbers))
         assert torch.equal(got[[1, 4, 6, 7]], logits[[1, 4, 6, 7]])
+
+
+def output_of(step, row):
+    """The output tokens of a logits row's request, the drafts before the row included, one by one."""
+    slot, drafts = int(step.slot[row]), step.drafts[step.row[row]].tolist()
+    output = step.history[slot, int(step.num_prompt[slot]) : int(step.known[slot])].tolist()
+    return output + [drafts[number] for number in step.ancestors[row].tolist() if number >= 0]
+
+
+def bans_of(draw, outputs, length):
+    """Some that hold, and some that do not by a token or by the number."""
+    for row in torch.randint(0, len(outputs), (30,), generator=draw).tolist():
+        before = ([7] * length + outputs[row])[len(outputs[row]) :]
+        kinds = torch.randint(0, 8, (length,), generator=draw).tolist()
+        token, until = torch.randint(0, VOCAB, (2,), generator=draw).tolist()
+        yield [
+            row,
+            token,
+            3 * until,
+            *(ANY if kind < 4 else 3 if kind == 4 else max(have, 0) for kind, have in zip(kinds, before)),
+        ]
+
+
+@torch.inference_mode()
+def check_bans(given, device, length):
+    """What is given, and the reference, against the sentence that says what a ban is."""
+    draw, held, tried = torch.Generator().manual_seed(length), 0, 0
+    for _ in range(8):
+        step = step_of(draw, 9, device)
+        in_front = torch.where(step.ancestors < 0, WIDTH, step.ancestors).sort(1).values
+        step.ancestors = torch.where(in_front == WIDTH, -1, in_front).int()
+        outputs = [output_of(step, row) for row in range(9)]
+        step.position = step.num_prompt[step.slot].long() + torch.tensor([len(output) for output in outputs], device=device)
+        bans, wanted = list(bans_of(draw, outputs, length)), torch.randn(9, VOCAB, generator=draw)
+        logits = wanted.to(device, copy=True)
+        for row, token, until, *prefix in bans:
+            after = ([None] * length + outputs[row])[len(outputs[row]) :]
+            holds = len(outputs[row]) < until and all(want in (ANY, have) for want, have in zip(prefix, after, strict=True))
+            wanted[row, token] = -torch.inf if holds else wanted[row, token]
+            held, tried = held + holds, tried + 1
+        for op in (ban, given):
+            assert torch.equal(op(logits.clone(), torch.tensor(bans, device=device), step).cpu(), wanted)
+    assert tried // 10 < held < tried * 0.9
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kernel_logit_rules.ban import ban
 from kernel_logit_rules.request import Rules
 from kernel_logit_rules.transform import BiasRule, MaskRule
 from kernel_penalties.penalise import Penalise
@@ -206,7 +207,7 @@ class Forbidden(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         assert not any(word in str(op) for word in self.WAITING), op
-        if "aten.index" in str(op):
+        if str(op).startswith(("aten.index.", "aten.index_put", "aten._index_put")):
             indices = [i for i in args[1] if i is not None]
             assert all(i.dtype is torch.int64 for i in indices), f"{op} with a mask waits for the count"
         return op(*args, **(kwargs or {}))
@@ -232,7 +233,7 @@ class FixedDrafter:
 def test_submitting_a_step_reads_nothing_from_the_device(tree, monkeypatch):
     """So that on a device that runs by itself, steps can be submitted ahead of their results."""
     drafter = FixedDrafter(tree)
-    transforms = [Penalties("penalties", 8, CPU, Penalise()), BiasRule("rules", 8, V, CPU), MaskRule("rules", 8, V, CPU)]
+    transforms = [Penalties("penalties", 8, CPU, Penalise()), BiasRule("rules"), MaskRule("rules", V, CPU, ban)]
     payloads = {"penalties": encode(PENALTY), "rules": encode(RULES)}
     runner = make_runner(NoAttention(), width=3, drafter=drafter, transforms=transforms)
     runner.sampler._reads_are_free = False

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kernel_logit_rules.ban import ban
 from kernel_logit_rules.request import Rules
 from kernel_logit_rules.transform import BiasRule, MaskRule
 from kernel_penalties.penalise import Penalise
@@ -54,8 +55,8 @@ def change(logits, prompt, output):
 def run(drafter=None, width=0, depth=1):
     transforms = [
         Penalties("penalties", 8, CPU, Penalise()),
-        BiasRule("logit_rules", 8, V, CPU),
-        MaskRule("logit_rules", 8, V, CPU),
+        BiasRule("logit_rules"),
+        MaskRule("logit_rules", V, CPU, ban),
     ]
     runner = make_runner(width=width, drafter=drafter, transforms=transforms)
     driver = Driver(runner, width=width, depth=depth)
@@ -172,7 +173,7 @@ def test_a_step_without_watched_slots_calls_no_transform():
 
 def test_all_masked_ends_that_request_only():
     nothing = rules(allowed=[5])  # the only allowed token is a bad word
-    driver = Driver(make_runner(transforms=[MaskRule("logit_rules", 8, V, CPU)]))
+    driver = Driver(make_runner(transforms=[MaskRule("logit_rules", V, CPU, ban)]))
     broken = driver.add([1, 2], 6, payloads={"logit_rules": encode(nothing)})
     other = driver.add([9], 6)
     driver.run()

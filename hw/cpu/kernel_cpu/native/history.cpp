@@ -1,5 +1,6 @@
-// What is read from the requests' own tokens: penalties on those that occurred, and drafts from what followed them before.
+// What is read from the requests' own tokens: penalties on those that occurred, bans after them, drafts from what followed them.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -10,6 +11,8 @@
 using namespace kc;
 
 namespace {
+
+constexpr int64_t ANY = -2;  // in the prefix of a ban
 
 // The tokens that a logits row's request has: those in the table, then the drafts before the row.
 struct Tokens {
@@ -54,6 +57,30 @@ KC_API int kc_penalise(float *logits, long logits_stride, const int64_t *index, 
             if (count) x[token] = penalised(x[token], (float)(count >> 1), numbers + slot * 3);
         });
     });
+    return 0;
+}
+
+// `bans` [n, 3 + length]: a row of logits [N, V], a token, and until how many tokens are out after which prefix it gets -inf; see
+// the op `ban`.
+KC_API int kc_ban(float *logits, long logits_stride, const int64_t *bans, const int64_t *slots, const int64_t *rows,
+                  const int64_t *positions, const int32_t *history, long stride, const int32_t *known, const int32_t *prompt,
+                  const int32_t *ancestors, const int64_t *drafts, long drafts_stride, long width, long length, long n) {
+    for (const int64_t *ban = bans; n > 0; --n, ban += 3 + length) {
+        const long row = ban[0], slot = slots[row];
+        if (positions[row] - prompt[slot] >= ban[2]) continue;
+        const int32_t *before = ancestors + row * width;
+        const long count = std::count_if(before, before + width, [](int32_t draft) { return draft >= 0; });
+        bool holds = true;
+        for (long k = 0; k < length && holds; ++k) {
+            const long back = length - k - count;  // tokens before the drafts; 0 and less: a draft
+            const long place = known[slot] - back;
+            int64_t token = -1;
+            if (back <= 0) token = drafts[rows[row] * drafts_stride + before[-back]];
+            else if (place >= prompt[slot]) token = history[slot * stride + place];
+            holds = ban[3 + k] == ANY || ban[3 + k] == token;
+        }
+        if (holds) logits[row * logits_stride + ban[1]] = -INFINITY;
+    }
     return 0;
 }
 

@@ -1,11 +1,15 @@
-"""What is read from the requests' own tokens: penalties on those that occurred, and drafts from what followed them before."""
+"""What is read from the requests' own tokens: penalties on those that occurred, bans after them, drafts from what followed."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.core import constexpr
 
+from kernel_core.nn.api import StepView
+
+_ANY, _NO_OUTPUT = constexpr(-2), constexpr(-1)  # of the op `ban`
 BLOCK = 1024  # tokens that a program looks at
 
 
@@ -70,6 +74,37 @@ def _penalise(
         _penalise_once(row, mine, draft, there, presence, frequency, repetition)
 
 
+@triton.jit(do_not_specialize=["P", "K"])
+def _ban(
+    logits, bans, slots, rows, positions, history, known, num_prompt, ancestors, drafts,
+    P, K, logits_stride, stride, width, ancestors_stride, drafts_stride, BLOCK: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """-inf for the tokens of the bans [P, 3 + K] that hold."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = i < P
+    ban = bans + i.to(tl.int64) * (3 + K)
+    n, token = tl.load(ban, mask=there, other=0), tl.load(ban + 1, mask=there, other=0)
+    until = tl.load(ban + 2, mask=there, other=0)
+    slot = tl.load(slots + n, mask=there, other=0)
+    prompt = tl.load(num_prompt + slot, mask=there, other=0).to(tl.int64)
+    held = tl.load(known + slot, mask=there, other=0).to(tl.int64)
+    w = tl.arange(0, W)
+    before = tl.load(ancestors + n[:, None] * ancestors_stride + w[None, :], mask=there[:, None] & (w < width)[None, :], other=-1)
+    count = tl.sum((before >= 0).to(tl.int32), 1)
+    holds = there & (tl.load(positions + n, mask=there, other=0) - prompt < until)
+    own = drafts + tl.load(rows + n, mask=there, other=0) * drafts_stride
+    for k in range(0, K):
+        back = K - k - count  # tokens before the drafts; 0 and less: a draft
+        wanted = tl.load(ban + 3 + k, mask=there, other=_ANY)
+        place = held - back
+        is_old = holds & (back > 0) & (place >= prompt)
+        old = tl.load(history + slot * stride + place, mask=is_old, other=_NO_OUTPUT).to(tl.int64)
+        draft = tl.load(ancestors + n * ancestors_stride - back, mask=holds & (back <= 0), other=0).to(tl.int64)
+        new = tl.load(own + tl.maximum(draft, 0), mask=holds & (back <= 0), other=_NO_OUTPUT)
+        holds = holds & ((wanted == _ANY) | (tl.where(back > 0, old, new) == wanted))
+    tl.store(logits + n * logits_stride + token, float("-inf"), mask=holds)
+
+
 @triton.jit(do_not_specialize=["length"])
 def _look_up(
     history, slots, known, out, stride, length, least, most, number, BLOCK: tl.constexpr, NP: tl.constexpr,
@@ -117,6 +152,17 @@ def penalise(
         logits, index, slots, rows, history, known, ancestors, drafts, counts, numbers, logits.stride(0), *strides, **sizes,
         enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def ban(logits: torch.Tensor, bans: torch.Tensor, step: StepView) -> torch.Tensor:
+    """The op `ban` of the logit rules: logits [N, V] float32, in place; bans int64 [P, 3 + K]. One launch."""
+    (count, columns), block, width = bans.shape, 64, step.ancestors.shape[1]
+    strides = (logits.stride(0), step.history.stride(0), width, step.ancestors.stride(0), step.drafts.stride(0))
+    _ban[(triton.cdiv(count, block),)](
+        logits, bans.contiguous(), step.slot, step.row, step.position, step.history, step.known, step.num_prompt, step.ancestors,
+        step.drafts, count, columns - 3, *strides, BLOCK=block, W=triton.next_power_of_2(max(1, width)), num_warps=2,
+    )  # fmt: skip
+    return logits
 
 
 def look_up(

@@ -377,6 +377,17 @@ def _pick(best, token, out, bad, parts, PP: tl.constexpr):
 
 
 @triton.jit
+def _keep_part(logits, slot, temperatures, floors, out, V, stride, FILTERS: tl.constexpr, PART: tl.constexpr):
+    """The scaled logits of a part of a row, and -inf for those that are not kept."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = part * PART + tl.arange(0, PART)
+    z = _scaled(logits + n * stride, token, V, tl.load(temperatures + tl.load(slot + n)))
+    if FILTERS:
+        z = tl.where(_ordered(z) >= tl.load(floors + n), z, float("-inf"))
+    tl.store(out + n * V + token, z, mask=token < V)
+
+
+@triton.jit
 def _rank_part(logits, chosen, peaks, masses, above, V, stride, parts, PART: tl.constexpr):
     """Of a part of a row: its largest logit, the sum of exp(logit - largest), and how many are larger than the chosen one."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -459,6 +470,22 @@ def sample(
     and bool [N] where the row had NaN or nothing allowed. Two launches, six with filters; capturable, no host read."""
     floors = _kept_from(logits, slot, temperature, min_p, top_k, top_p) if filters and len(logits) else None
     return _finish(logits, True, slot, position, temperature, key, floors)
+
+
+def filtered(
+    logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor,
+    top_p: torch.Tensor, filters: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """What `sample` draws from: logits / temperature, -inf where they are not kept, float32 [N, V]. Greedy rows have temperature
+    1. A launch, five with filters."""
+    temperature = torch.where(temperature > 0, temperature, 1.0)
+    floors = _kept_from(logits, slot, temperature, min_p, top_k, top_p) if filters else slot
+    count, vocab = logits.shape
+    out = _scratch(logits, vocab, torch.float32)
+    _keep_part[(count, triton.cdiv(vocab, PART))](
+        logits, slot, temperature, floors, out, vocab, logits.stride(0), FILTERS=filters, PART=PART, num_warps=8
+    )
+    return out
 
 
 def _kept_from(
