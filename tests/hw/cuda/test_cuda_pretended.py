@@ -1,5 +1,7 @@
 """The whole device without a GPU: tokens are those of the CPU device, nothing of the host gets to a kernel, no step waits."""
 
+from functools import partial
+
 import pytest
 import torch
 from model_references import CASES, write_checkpoint
@@ -9,8 +11,11 @@ from kernel_core import Engine
 pytest.importorskip("triton")
 import emulated_device
 import pretended_gpu
+from kernel_cuda.attention import CudaAttention
 from matrix_features import FEATURES, differences, run
 from pretended_gpu import GPU, GpuTensor
+from test_cuda_split import MANY, bottom_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or pretended_gpu.COMPILER is None, reason="test_cuda_device.py runs on the GPU, or no C++ compiler"
@@ -118,6 +123,24 @@ def test_features(quick, monkeypatch, name, cuda):
         monkeypatch.undo()
         CudaSection.model_rebuild(force=True)
     assert differences(wanted, got, feature.abort) == [] and gpu.waits == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_mixed_steps_through_flash(checkpoint, monkeypatch, name):
+    """Flash is a formula, which gets what is on the GPU; our kernels do the other rows."""
+    calls = []
+
+    def attend(q, k, v, q_start, k_start, *numbers):
+        calls.append(len(q_start))
+        assert all(type(x) is GpuTensor for x in (q, k, v, q_start, k_start))
+        with _disable_current_modes():
+            return GpuTensor(bottom_right(*(x.host for x in (q, k, v, q_start, k_start)), *numbers))
+
+    monkeypatch.setattr("kernel_cuda.attention.CudaAttention", partial(CudaAttention, attend=attend, rule=MANY))
+    options = dict(max_tokens_per_step=24, kv_blocks=30, plugins={"cuda": {"mixed_flash": True}})
+    agree(checkpoint(name), asked=[ASKED[5], ASKED[0], ASKED[0]], **options)
+    assert len(calls) > 3 and max(calls) > 3
 
 
 @pytest.mark.slow
