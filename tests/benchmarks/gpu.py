@@ -4,16 +4,18 @@
     python tests/benchmarks/gpu.py --models 8b --batches 1,64 --contexts 512 --no-prefill --peers none
 
 Weights are random and made on the GPU. A decode step's floor is the bytes it must read (weights, and KV of every row) over the
-bandwidth of a large copy; a prefill's is its arithmetic over the rate of a large bf16 product. Needs torch, triton and
-transformers. Lines are printed as they are measured; a part that fails says so and the others go on.
+bandwidth of a large copy; a prefill's is its arithmetic over the rate of a large bf16 product. Then, as far as there is time, every
+kernel alone against its own floor. Needs torch, triton and transformers. Lines are printed as they are measured; a part that fails says so and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 STEPS_TRACED = 20
+LAST_PART = 35  # seconds beyond --seconds that the kernels may take
+KERNELS = "decode,prefill,experts,samples,points,narrow,linears"  # parts of measure_kernels.py
 MAX_TOKENS_PER_STEP = 8192
 
 
@@ -107,6 +111,9 @@ def main() -> int:
             keep(results, line, arguments.out)
     for line in measured(lambda: peer_lines(arguments, began)):
         keep(results, line, arguments.out)
+    if arguments.each_kernel:
+        for line in measured(lambda: kernel_lines(arguments.seconds + LAST_PART - (time.monotonic() - began))):
+            keep(results, line, arguments.out)
     print(f"written to {arguments.out}, {time.monotonic() - began:.0f} s")
     return 0
 
@@ -124,6 +131,9 @@ def parse() -> argparse.Namespace:
         "--busy", action=argparse.BooleanOptionalAction, default=True, help="GPU busy in steady decode, batch 256"
     )
     parser.add_argument("--peers", default="generate,continuous", help="transformers at 1b, or none")
+    parser.add_argument(
+        "--each-kernel", action=argparse.BooleanOptionalAction, default=True, help="every kernel against its own floor"
+    )
     parser.add_argument("--kernels", type=int, default=0, help="print this many of the longest kernels of every decode step")
     parser.add_argument(
         "--plugins", default="{}", help='JSON: sections of the engine\'s plugins, as \'{"cuda": {"graphs": false}}\''
@@ -410,6 +420,26 @@ def peer_continuous(batch: int, name: str = "1b", length: int = 512, new: int = 
         "seconds": taken,
         "tokens/s": batch * new / taken,
     }
+
+
+# ---- kernels
+
+
+def kernel_lines(
+    seconds: float, script: Path = ROOT / "tests" / "hw" / "cuda" / "measure_kernels.py"
+) -> Iterator[dict[str, Any]]:
+    """What measure_kernels.py finds within that time."""
+    out = BUILD / "gpu_kernels.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "hw" / "cuda"), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(script), "--only", KERNELS, "--json", str(out)]
+    try:
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=max(seconds, 1), check=True)
+    except subprocess.TimeoutExpired:
+        print("kernels: those that follow are left out, the time is used up (--seconds)")
+    if out.exists():
+        yield from json.loads(out.read_text())["rows"]
 
 
 PEERS = {"generate": peer_generate, "continuous": peer_continuous}

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -345,8 +346,6 @@ if __name__ == "__main__":
         except Exception as error:
             print(f"{part} failed: {error!r}"[:600], flush=True)
         torch.cuda.empty_cache()
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(
-                {"device": torch.cuda.get_device_name(), "bandwidth": BANDWIDTH, "rate": RATE, "rows": ROWS}, file, indent=1
-            )
+        if arguments.json:
+            found = {"device": torch.cuda.get_device_name(), "bandwidth": BANDWIDTH, "rate": RATE, "rows": ROWS}
+            Path(arguments.json).write_text(json.dumps(found, indent=1))
