@@ -4,8 +4,9 @@
     python tests/benchmarks/gpu.py --models 8b --batches 1,64 --contexts 512 --no-prefill --peers none
 
 Weights are random and made on the GPU. A decode step's floor is the bytes it must read (weights, and KV of every row) over the
-bandwidth of a large copy; a prefill's is its arithmetic over the rate of a large bf16 product. Then, as far as there is time, every
-kernel alone against its own floor. Needs torch, triton and transformers. Lines are printed as they are measured; a part that fails says so and the others go on.
+bandwidth of a large copy; a prefill's is its arithmetic over the rate of a large bf16 product. Then, as far as there is time,
+every kernel alone against its own floor. Needs torch, triton and transformers. Lines are printed as they are measured; a part
+that fails says so and the others go on.
 """
 
 from __future__ import annotations
