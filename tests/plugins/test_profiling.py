@@ -12,10 +12,12 @@ from xml.etree import ElementTree
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from kernel_profiling.batch import of_steps, to_completion
 from kernel_profiling.chart import html_page
+from kernel_profiling.probe import EventClock
 from kernel_profiling.records import Operator, Span, Step
 from kernel_profiling.routes import make_router
 from kernel_profiling.run import record
@@ -159,6 +161,32 @@ def test_a_probe_that_fails_is_taken_out_and_the_engine_goes_on(llm, caplog):
     assert len(llm.generate([3, 4, 5], max_tokens=4, ignore_eos=True)[0].outputs[0].token_ids) == 4
     assert probes_and_hooks(llm) == (0, 0)
     assert "Broken failed and is taken out" in caplog.text
+
+
+def test_what_is_recorded_into_a_graph_has_no_time(monkeypatch):
+    """Events of a capture cannot be waited for; here two modules run, the first of them while a graph is captured."""
+    captured, waited = [], []
+
+    class Event:
+        def __init__(self, device, enable_timing):
+            captured.append(capturing[0])
+
+        def record(self): ...
+        def synchronize(self):
+            waited.append(self)
+
+        def elapsed_time(self, other):
+            return 0.25
+
+    capturing = [True]
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    clock = EventClock(torch.device("cuda"))
+    for key in (0, 1):
+        clock.start(key)
+        clock.stop(key)
+        capturing[0] = False
+    assert clock.read() == {0: 0.0, 1: 250.0} and captured == [False, False] and len(waited) == 1
 
 
 # ---- start and stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -25,21 +26,30 @@ def sizes_up_to(most: int) -> list[int]:
 class Capture:
     """The `Record` of a GPU. The function runs once beforehand, so that kernels are compiled and libraries have their memory; it
     must do the same again and change nothing in these two runs. Other threads may use CUDA meanwhile. All graphs share one pool:
-    no two of them run at once."""
+    no two of them run at once. Streams are kept, because libraries keep a workspace for each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._warm, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self.device)
+        self._warm.wait_stream(current)
+        with torch.cuda.stream(self._warm):
             function()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        current.wait_stream(self._warm)
+        if not self._alive:  # torch lets no pool be used again of which all graphs are gone
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"):
+                results = function()
+        except BaseException:
+            torch.cuda.set_stream(current)  # torch does not where ending the capture fails as well
+            raise
+        self._alive.add(graph)
         return graph.replay, results
 
 

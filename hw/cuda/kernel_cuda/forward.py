@@ -61,6 +61,7 @@ class ForwardGraphs:
         self.graphs: dict[Shape, ForwardGraph] = {}
         self._seen: Counter[Shape] = Counter()
         self._usable, self._full = True, False
+        self._kv: Any = None  # that the graphs read
 
     def __call__(self, fwd: Forward, *others: Tensor) -> Any:
         """The module's results, the caller's own. Rate: step."""
@@ -68,6 +69,10 @@ class ForwardGraphs:
         shape = self._shape(fwd, plans, others) if plans else None
         if shape is None:
             return self.module(fwd, *others)
+        if fwd.kv is not self._kv:  # a drafter's layers outlive the runner that was measured at the start
+            self._kv = fwd.kv
+            self.graphs.clear()
+            self._seen.clear()
         graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)
         return self.module(fwd, *others) if graph is None else graph.run(fwd, [plan.batch for plan in plans], others)
 

@@ -35,7 +35,7 @@ class SteadySteps:
         self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
         self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
         self._graphs: dict[tuple[int, int, Draws], Graph] = {}
-        self._usable = not runner.step_inputs and bool(runner.kv.groups)
+        self._usable, self._full = not runner.step_inputs and bool(runner.kv.groups), False
 
     def __call__(self, plan: StepPlan) -> Report | None:
         """Run the step; None: it is not such a step. Rate: step, host."""
@@ -45,17 +45,27 @@ class SteadySteps:
         longest = int(np.max(plan.start)) + 1
         length = next(length for length in self.lengths if length >= longest)
         key = (size, length, draws_of(self.slots, plan.rows))
-        graph = self._graphs.get(key) or self._capture(*key)
+        graph = self._graphs.get(key) or self._made(*key)
         return graph.replay(plan.rows) if graph is not None else None
 
+    def _made(self, size: int, length: int, draws: Draws) -> Graph | None:
+        """The first graph is one of the most rows: what it takes of the pool, those of fewer rows can share."""
+        if not self._graphs:
+            self._capture(self.sizes[-1], length, draws)
+        return self._graphs.get((size, length, draws)) or self._capture(size, length, draws)
+
     def _capture(self, size: int, length: int, draws: Draws) -> Graph | None:
-        """None: this model cannot be captured, and no further step is tried."""
+        """None: there is no memory for it, or this model cannot be captured. Then no further step is tried."""
+        if self._full or not self._usable:
+            return None
         began = perf_counter()
         try:
             step = partial(self._step, length=length, draws=draws)
             graph = Graph(step, size, self.slots.padding, self.device, self._record)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            self._full = True
+            logger.warning("no memory for more graphs of decode steps: %s", error)
+            return None
         except RuntimeError as error:
             self._usable = False
             logger.warning("decode steps run without CUDA graphs: capturing one failed (%s)", error)

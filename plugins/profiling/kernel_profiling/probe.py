@@ -117,11 +117,11 @@ class ModuleProbe(StepProbe):
 
 
 class EventClock:
-    """Pairs of events on the device's current stream, by key."""
+    """Pairs of events on the device's current stream, by key. What is recorded into a graph has no time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pairs: dict[int, list[torch.Event]] = {}
+        self._pairs: dict[int, list[torch.Event | None]] = {}
 
     def start(self, key: int) -> None:
         self._pairs[key] = [self._record()]
@@ -133,10 +133,14 @@ class EventClock:
         """Microseconds by key; waits for the last one, and forgets all."""
         pairs, self._pairs = self._pairs, {}
         for _, last in pairs.values():
-            last.synchronize()
-        return {key: first.elapsed_time(last) * 1e3 for key, (first, last) in pairs.items()}
+            if last is not None:
+                last.synchronize()
+        times = {key: first.elapsed_time(last) * 1e3 for key, (first, last) in pairs.items() if first and last}
+        return dict.fromkeys(pairs, 0.0) | times
 
-    def _record(self) -> torch.Event:
+    def _record(self) -> torch.Event | None:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
         event = torch.Event(self._device, enable_timing=True)
         event.record()
         return event

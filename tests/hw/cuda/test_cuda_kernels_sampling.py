@@ -142,6 +142,27 @@ def test_draw(device):
     assert torch.equal(drawn, noisy.argmax(-1))
 
 
+def test_thresholds_are_searched_in_what_was_listed(device, monkeypatch):
+    """Kernels of different sizes add the bins' floats in different orders, and may bound them by other bins."""
+    torch.manual_seed(6)
+    logits, slot, one = torch.randn(8, 900, device=device) * 2, torch.arange(8, device=device), torch.ones(8, device=device)
+    asked = logits, slot, one, 0 * one, torch.zeros_like(slot, dtype=torch.int32), 0.9 * one
+    expected, floors = sampling.filtered(*asked), sampling._floors
+
+    class Disturbed:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                table, found, listed = args[7], args[9], args[10]
+                table[:, 30:] += 20  # tokens a bin
+                listed[torch.arange(listed.shape[1], device=device) >= found] = 1 << 30  # there may be anything
+                floors[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(sampling, "_floors", Disturbed())
+    assert torch.equal(sampling.filtered(*asked), expected)
+
+
 def test_what_is_drawn_from(device):
     torch.manual_seed(4)
     logits, given, slot = torch.randn(20, 900, device=device) * 3, settings(device, 20), torch.randperm(20, device=device)

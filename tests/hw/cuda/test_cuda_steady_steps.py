@@ -50,6 +50,31 @@ def test_window_groups_and_small_pools(answers):
     assert counted
 
 
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_without_memory_for_a_graph_steps_run_as_they_are(byte_model, monkeypatch, caplog, most):
+    """The first graph is one of the most rows; after one that did not fit no other is tried."""
+    from kernel_cpu.device import CpuDevice
+    from kernel_cuda.steady import SteadySteps
+
+    asked, counted, record = [], [], Emulator()
+
+    def full(step):
+        asked.append(step)
+        if len(asked) > most:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return record(step)
+
+    with Engine(model=str(byte_model), device="cpu", **QUICK) as engine:
+        expected = run_all(engine, REQUESTS["greedy"])
+    emulated_device.use(monkeypatch)
+    made = lambda runner: counting(SteadySteps(runner, most_rows=8, record=full), counted)  # noqa: E731
+    monkeypatch.setattr(CpuDevice, "runner_parts", lambda device: {"steady": made})
+    with Engine(model=str(byte_model), device="cpu", **QUICK) as engine:
+        assert run_all(engine, REQUESTS["greedy"]) == expected
+    assert len(asked) == most + 1 and bool(counted) == (most > 1)
+    assert "no memory for more graphs of decode steps" in caplog.text
+
+
 def test_while_a_drafter_sleeps_steps_are_steady(monkeypatch):
     """The answers are those without it, and the graphs keep no states for it."""
     requests = [([1, 2, 3], greedy(max_tokens=12)), ([9], greedy(max_tokens=6))]

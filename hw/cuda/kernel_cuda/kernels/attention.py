@@ -692,7 +692,7 @@ def attend(
         _long[(heads, work.tile_row.shape[0])](
             *data, work.tile_start, work.tile_row, *extras, sink, out, rows, *strides, out.stride(0), out.stride(1), *numbers,
             **common, TQ=work.tile_q, HAS_SINKS=sinks is not None,
-            **long_shape(dims, work.tile_q * group, wide, shared_memory(q.device)),
+            **long_shape(dims, work.tile_q * group, wide, shared_memory(q.device), tree is not None),
         )  # fmt: skip
     room = work.chunk_row.shape[0]
     part = torch.empty(room * heads * work.short_q * group, v_dim + 1, dtype=torch.float32, device=q.device)
@@ -720,21 +720,19 @@ def short_shape(dims: dict[str, int], rows: int, wide: bool, fp8: bool) -> dict[
     """Block sizes of `_short`; the best of those measured on an H200 for heads of 128."""
     size = max(dims["DP"], dims["DVP"])
     tokens = 64 if size <= 64 or (fp8 and size <= 128) else 32
-    return {
-        "BM": max(16, triton.next_power_of_2(rows)), "BN": tokens // 2 if wide else tokens,
-        "num_warps": 2 if fp8 and rows <= 16 else 4, "num_stages": 2 if wide or size > 128 else 3 if fp8 else 4,
-    }  # fmt: skip
-
-
-def long_shape(dims: dict[str, int], rows: int, wide: bool, shared: int) -> dict[str, int]:
-    """Block sizes of `_long`; `shared` bytes of memory."""
-    size = max(dims["DP"], dims["DVP"])
-    tokens = 64 if size <= 128 else 32 if wide or shared > 128 << 10 else 16
+    stages = (1 if size > 128 else 2) if wide else 2 if size > 128 else 3 if fp8 else 4
+    warps = 2 if fp8 and rows <= 16 else 8 if wide and size > 128 and rows > 16 else 4
     rows = max(16, triton.next_power_of_2(rows))
-    return {
-        "BM": rows, "BN": tokens // 4 if wide else tokens,
-        "num_warps": 4 if wide else 8, "num_stages": 2 if wide or size > 128 else 3,
-    }  # fmt: skip
+    return {"BM": rows, "BN": tokens // 2 if wide else tokens, "num_warps": warps, "num_stages": stages}
+
+
+def long_shape(dims: dict[str, int], rows: int, wide: bool, shared: int, tree: bool) -> dict[str, int]:
+    """Block sizes of `_long`; `shared` bytes of memory."""
+    size, is_small = max(dims["DP"], dims["DVP"]), shared <= 128 << 10
+    tokens = (16 if is_small else 32) if size > 128 else 32 if tree else 64
+    stages = (1 if size > 128 else 2) if wide else 2 if size > 128 else 3
+    rows = max(16, triton.next_power_of_2(rows))
+    return {"BM": rows, "BN": 16 if wide else tokens, "num_warps": 4 if wide else 8, "num_stages": stages}
 
 
 def gather(cache: Cache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -196,9 +196,10 @@ def few_rows_int4(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bi
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows:
         bm, bn = min(FEW, max(16, triton.next_power_of_2(rows))), 16 if outputs < 64 * processors(x.device) else 64
+        wide = x.dtype == torch.float32
         _few_rows_int4[(triton.cdiv(outputs, bn), triton.cdiv(rows, bm))](
             x, weight, scale, x if bias is None else bias, out, rows, outputs, inputs, x.stride(0), out.stride(0),
-            BM=bm, BN=bn, G=GROUP, HAS_BIAS=bias is not None, IEEE=x.dtype == torch.float32, num_warps=4, num_stages=4,
+            BM=bm, BN=bn, G=GROUP, HAS_BIAS=bias is not None, IEEE=wide, num_warps=4, num_stages=2 if wide else 4,
         )  # fmt: skip
     return out
 

@@ -251,7 +251,7 @@ def _compact(
     logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, found, listed, heavier, V, stride, parts,
     BINS: tl.constexpr, PART: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """List the keys of the tokens that decide, in any order; and the weight of those above them."""
+    """List the keys of the tokens that decide, in any order, but none where there are too many; and the weight of those above."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature, best, floor, k, share, matters = _settings(
         n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
@@ -303,18 +303,19 @@ def _list_pth(keys, weights, above, wanted, low, high):
 
 @triton.jit
 def _floors(
-    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, listed, heavier, floors, V, stride, parts,
+    logits, slot, temperatures, min_ps, top_ks, top_ps, peaks, table, mass, found, listed, heavier, floors, V, stride, parts,
     BINS: tl.constexpr, PP: tl.constexpr, ROOM: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The key from which on each row keeps its tokens. A row whose list is too long is searched as a whole, slowly."""
+    """The key from which on each row keeps its tokens. A row without a list is searched as a whole, slowly."""
     n = tl.program_id(0).to(tl.int64)
     temperature, best, floor, k, share, matters = _settings(
         n, slot, temperatures, min_ps, top_ks, top_ps, peaks, parts, V, PP, EXACT
     )
     if matters & ((k > 0) | (share < 1)):
-        _first, _last, count, above, is_ranked = _bins(table, n, k, share, BINS)
+        _first, _last, _count, above, is_ranked = _bins(table, n, k, share, BINS)
+        count = tl.load(found + n)  # what was listed: sums of floats, which bound the bins, may differ from one kernel to another
         peak = _value(best)
-        if count <= ROOM:
+        if count > 0:
             place = tl.arange(0, ROOM)
             keys = tl.load(listed + n * ROOM + place, mask=place < count, other=_LOWEST)
             held = place < count
@@ -506,7 +507,19 @@ def _kept_from(
         *settings, found, listed, heavier, *sizes, BINS=BINS, PART=PART, PP=padded, ROOM=ROOM, EXACT=exact, num_warps=8
     )
     _floors[(count,)](
-        *settings, mass, listed, heavier, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART, num_warps=16
+        *settings,
+        mass,
+        found,
+        listed,
+        heavier,
+        floors,
+        *sizes,
+        BINS=BINS,
+        PP=padded,
+        ROOM=ROOM,
+        EXACT=exact,
+        BLOCK=PART,
+        num_warps=16,
     )
     return floors
 
