@@ -1,5 +1,6 @@
 """The whole device without a GPU: tokens are those of the CPU device, nothing of the host gets to a kernel, no step waits."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 import emulated_device
 import pretended_gpu
 from kernel_cuda.attention import CudaAttention
-from matrix_features import FEATURES, differences, run
+from matrix_features import FEATURES, configuration, differences, run
 from pretended_gpu import GPU, GpuTensor
 from test_cuda_split import MANY, bottom_right
 from torch.utils._python_dispatch import _disable_current_modes
@@ -92,8 +93,9 @@ def test_whatever_requests_ask_for(byte_model, quick, cuda):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cuda", [{}, ALL], ids=["as it is", "all"])
-@pytest.mark.parametrize("options", [{"max_tokens_per_step": 7}, {"kv_blocks": 9}], ids=["chunked", "preempted"])
+@pytest.mark.parametrize(
+    ("options", "cuda"), [({"max_tokens_per_step": 7}, ALL), ({"kv_blocks": 9}, {})], ids=["chunked, all", "preempted, as it is"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_every_family(checkpoint, quick, name, options, cuda):
     agree(checkpoint(name), **{"kv_blocks": 30, "plugins": {"cuda": cuda}} | options)
@@ -106,22 +108,23 @@ def test_with_the_kernels_of_attention(checkpoint, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cuda", [{}, ALL], ids=["as it is", "all"])
-@pytest.mark.parametrize("name", [name for name in FEATURES if name != "worker_process"])
+@pytest.mark.parametrize(
+    ("name", "cuda"),
+    [
+        *(pytest.param(name, ALL, id=f"{name}, all") for name in FEATURES if name != "worker_process"),
+        *(pytest.param(name, {}, id=f"{name}, as it is") for name in ("kv_offload", "ngram", "eagle3", "guided_decoding")),
+    ],
+)
 def test_features(quick, monkeypatch, name, cuda):
-    from kernel_cuda import CudaSection
+    def configured(features, device):
+        keys = {"kv_blocks": 200} | configuration(features, device)
+        return keys if device == "cpu" else keys | {"plugins": {**keys["plugins"], "cuda": cuda}}
 
-    for key, value in cuda.items():
-        monkeypatch.setattr(CudaSection.model_fields[key], "default", value)
+    monkeypatch.setattr("matrix_features.configuration", configured)
     feature = FEATURES[name]
-    wanted = run([feature] if feature.params or feature.some else [], "cpu")
-    CudaSection.model_rebuild(force=True)
-    try:
-        with pretended_gpu.use() as gpu:
-            got = run([feature], "cuda")
-    finally:
-        monkeypatch.undo()
-        CudaSection.model_rebuild(force=True)
+    wanted = run([replace(feature, keys={})] if feature.params or feature.some else [], "cpu")
+    with pretended_gpu.use() as gpu:
+        got = run([feature], "cuda")
     assert differences(wanted, got, feature.abort) == [] and gpu.waits == []
 
 
