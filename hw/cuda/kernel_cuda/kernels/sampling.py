@@ -507,20 +507,9 @@ def _kept_from(
         *settings, found, listed, heavier, *sizes, BINS=BINS, PART=PART, PP=padded, ROOM=ROOM, EXACT=exact, num_warps=8
     )
     _floors[(count,)](
-        *settings,
-        mass,
-        found,
-        listed,
-        heavier,
-        floors,
-        *sizes,
-        BINS=BINS,
-        PP=padded,
-        ROOM=ROOM,
-        EXACT=exact,
-        BLOCK=PART,
+        *settings, mass, found, listed, heavier, floors, *sizes, BINS=BINS, PP=padded, ROOM=ROOM, EXACT=exact, BLOCK=PART,
         num_warps=16,
-    )
+    )  # fmt: skip
     return floors
 
 
