@@ -436,9 +436,11 @@ def kernel_lines(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "hw" / "cuda"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(script), "--only", KERNELS, "--json", str(out)]
     try:
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=max(seconds, 1), check=True)
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=max(seconds, 0.1), check=True)
     except subprocess.TimeoutExpired:
         print("kernels: those that follow are left out, the time is used up (--seconds)")
+    except subprocess.CalledProcessError as error:
+        print(f"kernels: those that follow are left out, {error}")
     if out.exists():
         yield from json.loads(out.read_text())["rows"]
 

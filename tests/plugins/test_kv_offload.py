@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from kernel_kv_offload.disk import DiskTier, file_name, stored_names
 from kernel_kv_offload.host import HostTier
 from kernel_kv_offload.identity import rank_folder
-from kernel_kv_offload.store import Missing, Tiers
+from kernel_kv_offload.store import Missing, Saving, Tiers
 from pydantic import ValidationError
 
 from kernel_core import LLM, SamplingParams
-from kernel_core.errors import ConfigError
+from kernel_core.errors import ConfigError, EngineDeadError
 from kernel_core.nn.kv import Blocks
 from kernel_core.nn.transfer import Download
 
@@ -232,6 +232,57 @@ def test_blocks_that_leave_the_device_at_the_end_reach_the_disk(plain, slow_copi
     with engine(tmp_path, host=0) as llm:
         again, cached = ask(llm, PROMPTS[:2])
     assert again == plain[:2] and min(cached) >= 48
+
+
+def test_blocks_that_leave_the_device_when_the_engine_dies_reach_the_disk(plain, slow_copies, tmp_path, monkeypatch):
+    llm = engine(tmp_path)
+    ask(llm, PROMPTS[:3])
+    runner = llm.engine.core.executor._worker.runner
+    llm.engine.add_request("the next", PROMPTS[3], GREEDY)
+    while not runner._going_on:
+        llm.engine.step()
+    monkeypatch.setattr(runner, "submit", None)
+    with pytest.raises(EngineDeadError):
+        while True:
+            llm.engine.step()
+    llm.close()
+    with engine(tmp_path, host=0) as again:
+        answers, cached = ask(again, PROMPTS[:1])
+    assert answers == plain[:1] and cached[0] >= 48
+
+
+class Copied:
+    """Blocks whose copies are complete when they are waited for."""
+
+    bytes_per_block = (SIZE,)
+
+    def read(self, group, ids):
+        content = torch.stack([block(number) for number in ids])
+        return SimpleNamespace(arrived=lambda: False, arrays=lambda: {"blocks": content.numpy()})
+
+
+def test_what_is_evicted_again_while_it_is_saved_is_kept_once():
+    tiers = Tiers(HostTier([SIZE], 5 * SIZE), None)
+    one, other = (Saving(Copied(), tiers) for _ in range(2))
+    one.begin(0, [1, 2], [b"a", b"b"])
+    other.begin(0, [3, 4], [b"b", b"c"])
+    for saving in (one, other, one):
+        assert not saving.done(0) or saving is one
+        saving.finish()
+        assert not saving.moves
+    assert [int(tiers.get((0, key))[0]) for key in (b"a", b"b", b"c")] == [1, 2, 4] and tiers.host.used == 3 * SIZE
+
+
+def test_a_job_that_cannot_save_says_so_as_often_as_it_is_asked_and_holds_nothing(monkeypatch):
+    tiers = Tiers(HostTier([SIZE], 5 * SIZE), None)
+    saving = Saving(Copied(), tiers)
+    saving.begin(0, [1, 2], [b"a", b"b"])
+    saving.begin(0, [3], [b"c"])
+    monkeypatch.setattr(HostTier, "_take", lambda *args: (_ for _ in ()).throw(RuntimeError("no memory can be pinned")))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="pinned"):
+            saving.finish()
+        assert not saving.moves
 
 
 def test_without_it_they_are_computed_again(plain):

@@ -38,6 +38,11 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space():
     assert [ids.tolist() for ids in prepare(bad_words=["ab", " c"]).bad] == [[1, 2], [0, 1, 2], [0, 3]]
 
 
+def test_bad_words_that_the_model_has_no_tokens_for_need_no_ban(monkeypatch):
+    monkeypatch.setattr(Letters, "encode", lambda self, text, **options: [3, VOCABULARY] if "x" in text else [3, VOCABULARY - 1])
+    assert [ids.tolist() for ids in prepare(bad_words=["x", "y"]).bad] == [[3, VOCABULARY - 1]]
+
+
 @pytest.mark.parametrize(
     ("params", "stops"),
     [

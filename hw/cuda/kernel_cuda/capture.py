@@ -37,20 +37,32 @@ class Capture:
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         current = torch.cuda.current_stream(self.device)
         self._warm.wait_stream(current)
-        with torch.cuda.stream(self._warm):
-            function()
-        current.wait_stream(self._warm)
+        try:
+            with torch.cuda.stream(self._warm):
+                function()
+        finally:
+            current.wait_stream(self._warm)
         if not self._alive:  # torch lets no pool be used again of which all graphs are gone
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, failed = torch.cuda.CUDAGraph(), []
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"):
-                results = function()
-        except BaseException:
-            torch.cuda.set_stream(current)  # torch does not where ending the capture fails as well
-            raise
+                results = _told(function, failed)
+        except RuntimeError as error:  # where ending the capture fails as well, torch raises that
+            raise (failed or [error])[0] from None
+        finally:
+            torch.cuda.set_stream(current)  # then it has not been left
         self._alive.add(graph)
         return graph.replay, results
+
+
+def _told(function: Callable[[], Any], failed: list[RuntimeError]) -> Any:
+    """Its results, or what it raised entered into `failed` as well."""
+    try:
+        return function()
+    except RuntimeError as error:
+        failed.append(error)
+        raise
 
 
 def fill(tensor: Tensor, array: np.ndarray) -> None:

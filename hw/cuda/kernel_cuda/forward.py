@@ -70,7 +70,7 @@ class ForwardGraphs:
         if shape is None:
             return self.module(fwd, *others)
         if fwd.kv is not self._kv:  # a drafter's layers outlive the runner that was measured at the start
-            self._kv = fwd.kv
+            self._kv, self._full = fwd.kv, False
             self.graphs.clear()
             self._seen.clear()
         graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)

@@ -49,9 +49,11 @@ class SteadySteps:
         return graph.replay(plan.rows) if graph is not None else None
 
     def _made(self, size: int, length: int, draws: Draws) -> Graph | None:
-        """The first graph is one of the most rows: what it takes of the pool, those of fewer rows can share."""
-        if not self._graphs:
+        """The first graph is one of the most rows: what it takes of the pool, those of fewer rows can share. Where it does not
+        fit, fewer rows may."""
+        if not self._graphs and not self._full:
             self._capture(self.sizes[-1], length, draws)
+            self._full = self._full and size == self.sizes[-1]
         return self._graphs.get((size, length, draws)) or self._capture(size, length, draws)
 
     def _capture(self, size: int, length: int, draws: Draws) -> Graph | None:

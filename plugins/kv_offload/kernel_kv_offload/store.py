@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock
 
@@ -133,12 +134,14 @@ class Flushing:
 
 
 class Saving:
-    """A LongJob: blocks leave the device while steps run; the worker's thread puts them into the tiers as they arrive, the
-    last ones when `finish` is called, also a second time."""
+    """A LongJob: blocks leave the device while steps run; the worker's thread puts them into the tiers as they arrive. It is
+    `done` where the runner would wait anyway: then `finish` does. The store may have called `finish` before; what it raised it
+    raises again."""
 
     def __init__(self, blocks: BlockAccess, tiers: Tiers) -> None:
         self._blocks, self._tiers = blocks, tiers
         self._moving: deque[tuple[list[Name], Download]] = deque()
+        self._error: Exception | None = None
 
     def begin(self, group: int, ids: Sequence[int], keys: Sequence[bytes]) -> None:
         new = [(block, (group, key)) for block, key in zip(ids, keys) if (group, key) not in self._tiers]
@@ -147,7 +150,7 @@ class Saving:
             part = new[start : start + most]
             self._moving.append(([name for _, name in part], self._blocks.read(group, [block for block, _ in part])))
             while self._moving and (len(self._moving) > AHEAD or self._moving[0][1].arrived()):
-                self._put()
+                self._put(*self._moving.popleft())
 
     @property
     def moves(self) -> bool:
@@ -157,12 +160,19 @@ class Saving:
     def done(self, wait: float) -> bool:
         return wait > 0 or all(rows.arrived() for _, rows in self._moving)
 
+    @torch.inference_mode()
     def finish(self) -> None:
-        while self._moving:
-            self._put()
+        if self._error is not None:
+            raise self._error
+        moving, self._moving = self._moving, deque()
+        try:
+            for names, rows in moving:
+                self._put(names, rows)
+        except Exception as error:
+            self._error = error
+            raise
 
-    def _put(self) -> None:
-        names, rows = self._moving.popleft()
+    def _put(self, names: Sequence[Name], rows: Download) -> None:
         for name, row in zip(names, torch.from_numpy(rows.arrays()["blocks"])):
             if name not in self._tiers:
                 self._tiers.put(name, row)
@@ -198,7 +208,9 @@ class OffloadStore:
         if action == "load":
             return Loading(self._reader.submit(self._read, parts), parts, self.blocks)
         if action == "flush":
-            self._finish_savings()
+            for saving in self._savings:
+                with suppress(Exception):  # the runner asks again, and is told
+                    saving.finish()
             return Flushing(self._reader.submit(self.tiers.flush))
         saving = Saving(self.blocks, self.tiers)
         for part in parts:
@@ -208,10 +220,6 @@ class OffloadStore:
             return None
         self._savings = [*(other for other in self._savings if other.moves), saving]
         return saving
-
-    def _finish_savings(self) -> None:
-        for saving in self._savings:
-            saving.finish()
 
     def _read(self, parts: Sequence[Part]) -> list[Tensor]:
         return [self._rows(group, keys) for group, _, keys in parts]
@@ -224,6 +232,6 @@ class OffloadStore:
 
     def close(self) -> None:
         """Nothing is lost that the disk has room for."""
-        self._finish_savings()
-        self._reader.shutdown()
-        self.tiers.close()
+        with ExitStack() as stack:  # each in its turn, whatever the others raise
+            for close in (self.tiers.close, self._reader.shutdown, *(saving.finish for saving in self._savings)):
+                stack.callback(close)

@@ -14,8 +14,9 @@ NO_OUTPUT = -1  # in a tail: the output is not that long
 def ban(logits: Tensor, bans: Tensor, step: StepView) -> Tensor:
     """`ban(logits [N, V] float32, bans [P, 3 + K] int64, step) → logits`, in place; facts: vocab_size.
 
-    A ban is a logits row, a token, a number and a prefix: the token gets -inf in that row while fewer than the number of tokens
-    are out and the output ends with the prefix (ANY: whatever there is). The drafts before the row are output. Rate: step."""
+    A ban is a logits row, a token below V, a number and a prefix: the token gets -inf in that row while fewer than the number of
+    tokens are out and the output ends with the prefix (ANY: whatever there is). The drafts before the row are output. Rate:
+    step."""
     row, token, until, prefix = bans[:, 0], bans[:, 1], bans[:, 2], bans[:, 3:]
     out = step.position[row] - step.num_prompt[step.slot[row]]
     ends = ((output_tail(step, row, prefix.shape[1]) == prefix) | (prefix == ANY)).all(1)

@@ -79,11 +79,12 @@ class Preparer:
             raise RequestError(f"{name} contains {wrong[:5]}, but the model's token ids are 0 to {self.vocab_size - 1}")
 
     def _sequences(self, words: Sequence[str]) -> list[np.ndarray]:
-        """Every word as it is tokenised at the start of a text and after a space."""
+        """Every word as it is tokenised at the start of a text and after a space, if the model can write it: a tokenizer may have
+        tokens that it has not."""
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             if not word.strip():
                 raise RequestError("bad_words must not contain an empty word")
             for text in (word, " " + word.lstrip()):
                 found[tuple(self.text.encode(text, add_special_tokens=False))] = None
-        return [np.array(ids, np.int32) for ids in found if ids]
+        return [np.array(ids, np.int32) for ids in found if ids and max(ids) < self.vocab_size]

@@ -348,4 +348,6 @@ if __name__ == "__main__":
         torch.cuda.empty_cache()
         if arguments.json:
             found = {"device": torch.cuda.get_device_name(), "bandwidth": BANDWIDTH, "rate": RATE, "rows": ROWS}
-            Path(arguments.json).write_text(json.dumps(found, indent=1))
+            written = Path(arguments.json + ".part")
+            written.write_text(json.dumps(found, indent=1))
+            written.replace(arguments.json)

@@ -101,9 +101,11 @@ class PretendedGpu(TorchDispatchMode):
         name = func._schema.name
         hosts = [x for x, is_gpu in zip(tensors, on_gpu, strict=True) if not is_gpu]
         if name in COPIES:
-            pageable = any(not getattr(x, "is_pinned_here", False) for x in hosts)
-            if pageable or (not goes and name == "aten::_to_copy"):
-                self._wait(f"{name} from or to memory that is not pinned")
+            pinned = all(getattr(x, "is_pinned_here", False) for x in hosts)
+            crosses = bool(hosts) or (not goes and name == "aten::_to_copy")
+            returns_at_once = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            if crosses and not (hosts and pinned and returns_at_once):
+                self._wait(f"{name} between host and GPU, not from or to pinned memory or not non_blocking")
         elif name in INDEXED and isinstance(args[0], GpuTensor):
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
             if masks or hosts:

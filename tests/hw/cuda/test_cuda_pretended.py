@@ -172,13 +172,15 @@ class TestThePretendedGpu:
         x, index = torch.arange(6, device="cuda"), torch.arange(2, device="cuda")
         pinned = torch.empty(6, dtype=torch.int64, pin_memory=True)
         does_not_wait = (
-            lambda: pinned.copy_(x, non_blocking=True), lambda: torch.ones(3).pin_memory().to(GPU), x[index].sum,
-            lambda: x.index_fill_(0, index, 3), lambda: torch.where(x > 2, x, 0), lambda: x.fill_(2), lambda: x[3:5].copy_(x[:2]),
+            lambda: pinned.copy_(x, non_blocking=True), lambda: torch.ones(3).pin_memory().to(GPU, non_blocking=True),
+            x[index].sum, lambda: x.index_fill_(0, index, 3), lambda: torch.where(x > 2, x, 0), lambda: x.fill_(2),
+            lambda: x[3:5].copy_(x[:2]),
         )  # fmt: skip
         waits = (
             x.cpu, x[0].item, lambda: bool(x[0] > 1), lambda: x[x > 1], x.nonzero,
             lambda: torch.ones(3).to(GPU), lambda: torch.empty(6, dtype=torch.int64).copy_(x), lambda: x[torch.arange(2)],
-            lambda: x.__setitem__(index, 0), lambda: x.repeat_interleave(x),
+            lambda: x.__setitem__(index, 0), lambda: x.repeat_interleave(x), lambda: torch.ones(3).pin_memory().to(GPU),
+            lambda: pinned.copy_(x), lambda: x.copy_(pinned),
         )  # fmt: skip
         gpu.waits.clear()
         for number, call in enumerate(does_not_wait):
