@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("kernel_cuda")
+Made = TypeVar("Made")
 
 SMALL = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 STRIDE = 32  # between larger sizes
@@ -63,6 +68,32 @@ def _told(function: Callable[[], Any], failed: list[RuntimeError]) -> Any:
     except RuntimeError as error:
         failed.append(error)
         raise
+
+
+class Attempts:
+    """Makes the graphs of `name`. `full`: one found no memory, and no further one is made; not `usable`: one could not be
+    captured, and none is replayed either."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.usable, self.full = name, True, False
+
+    def __call__(self, make: Callable[[], Made], what: str) -> Made | None:
+        """What `make` gives, told as `what`. None: it is not made."""
+        if self.full or not self.usable:
+            return None
+        began = perf_counter()
+        try:
+            graph = make()
+        except torch.OutOfMemoryError as error:
+            self.full = True
+            logger.warning("no memory for more graphs of %s: %s", self.name, error)
+            return None
+        except RuntimeError as error:
+            self.usable = False
+            logger.warning("%s: no CUDA graphs, capturing it failed (%s)", self.name, error)
+            return None
+        logger.info("a graph of %s, %s: %.2f s", self.name, what, perf_counter() - began)
+        return graph
 
 
 def fill(tensor: Tensor, array: np.ndarray) -> None:

@@ -11,11 +11,10 @@ takes the GPU. Beyond, graphs gain nothing, and prompts are better off with torc
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kernel_core.nn.api import AttentionBatch, Forward
 from kernel_cuda.attention import Plan
-from kernel_cuda.capture import LENGTHS, Record, sizes_up_to
+from kernel_cuda.capture import LENGTHS, Attempts, Record, sizes_up_to
 from kernel_cuda.kernels.machine import processors
-
-logger = logging.getLogger("kernel_cuda")
 
 WIDEST = 16  # tokens of a row, at most: more is part of a prompt
 MIXED = (64, 96, 128, 192, 256, 384, 512, 768, 1024)  # tokens of the steps with prompts that have graphs
@@ -60,17 +57,17 @@ class ForwardGraphs:
         self._numbers = sum(parameter.numel() for parameter in module.parameters())
         self.graphs: dict[Shape, ForwardGraph] = {}
         self._seen: Counter[Shape] = Counter()
-        self._usable, self._full = True, False
+        self._attempts = Attempts(type(module).__name__)
         self._kv: Any = None  # that the graphs read
 
     def __call__(self, fwd: Forward, *others: Tensor) -> Any:
         """The module's results, the caller's own. Rate: step."""
-        plans = _plans(fwd, others) if self._usable else None
+        plans = _plans(fwd, others) if self._attempts.usable else None
         shape = self._shape(fwd, plans, others) if plans else None
         if shape is None:
             return self.module(fwd, *others)
         if fwd.kv is not self._kv:  # a drafter's layers outlive the runner that was measured at the start
-            self._kv, self._full = fwd.kv, False
+            self._kv, self._attempts.full = fwd.kv, False
             self.graphs.clear()
             self._seen.clear()
         graph = self.graphs.get(shape) or self._made(shape, fwd, plans, others)
@@ -101,21 +98,12 @@ class ForwardGraphs:
 
     def _made(self, shape: Shape, fwd: Forward, plans: Sequence[Plan], others: Sequence[Tensor]) -> ForwardGraph | None:
         self._seen[shape] += 1
-        if self._seen[shape] < self._sightings or self._full or len(self.graphs) == MOST_GRAPHS:
+        if self._seen[shape] < self._sightings or len(self.graphs) == MOST_GRAPHS:
             return None
-        began = perf_counter()
-        try:
-            graph = ForwardGraph(self.module, shape, fwd, plans, others, self._record)
-        except torch.OutOfMemoryError as error:
-            self._full = True
-            logger.warning("no memory for more graphs of %s: %s", type(self.module).__name__, error)
-            return None
-        except RuntimeError as error:
-            self._usable = False
-            logger.warning("%s runs without CUDA graphs: capturing it failed (%s)", type(self.module).__name__, error)
-            return None
-        logger.info("a graph of the model for %d tokens of %d rows: %.2f s", shape.tokens, shape.rows, perf_counter() - began)
-        self.graphs[shape] = graph
+        make = partial(ForwardGraph, self.module, shape, fwd, plans, others, self._record)
+        graph = self._attempts(make, f"{shape.tokens} tokens of {shape.rows} rows")
+        if graph is not None:
+            self.graphs[shape] = graph
         return graph
 
 

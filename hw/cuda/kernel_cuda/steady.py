@@ -7,10 +7,8 @@ host does one launch and one small copy. The slots are uploaded when they change
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,9 @@ from torch import Tensor
 
 from kernel_core.api import StepPlan
 from kernel_core.nn.api import AttentionBatch, Forward
-from kernel_cuda.capture import LENGTHS, Record, fill, sizes_up_to
+from kernel_cuda.capture import LENGTHS, Attempts, Record, fill, sizes_up_to
 from kernel_cuda.kernels import sampling, steps
 from kernel_cuda.sampling import Draws, draws_of
-
-logger = logging.getLogger("kernel_cuda")
 
 
 class SteadySteps:
@@ -35,11 +31,12 @@ class SteadySteps:
         self.sizes = sizes_up_to(min(most_rows, self.slots.padding))
         self.lengths = [*(n for n in LENGTHS if n < self.slots.max_len), self.slots.max_len + 1]
         self._graphs: dict[tuple[int, int, Draws], Graph] = {}
-        self._usable, self._full = not runner.step_inputs and bool(runner.kv.groups), False
+        self._attempts = Attempts("decode steps")
+        self._attempts.usable = not runner.step_inputs and bool(runner.kv.groups)
 
     def __call__(self, plan: StepPlan) -> Report | None:
         """Run the step; None: it is not such a step. Rate: step, host."""
-        if not self._usable or len(plan.rows) > self.sizes[-1] or not self.runner.is_steady(plan):
+        if not self._attempts.usable or len(plan.rows) > self.sizes[-1] or not self.runner.is_steady(plan):
             return None
         size = next(size for size in self.sizes if size >= len(plan.rows))
         longest = int(np.max(plan.start)) + 1
@@ -51,29 +48,18 @@ class SteadySteps:
     def _made(self, size: int, length: int, draws: Draws) -> Graph | None:
         """The first graph is one of the most rows: what it takes of the pool, those of fewer rows can share. Where it does not
         fit, fewer rows may."""
-        if not self._graphs and not self._full:
+        attempts = self._attempts
+        if not self._graphs and not attempts.full:
             self._capture(self.sizes[-1], length, draws)
-            self._full = self._full and size == self.sizes[-1]
+            attempts.full = attempts.full and size == self.sizes[-1]
         return self._graphs.get((size, length, draws)) or self._capture(size, length, draws)
 
     def _capture(self, size: int, length: int, draws: Draws) -> Graph | None:
-        """None: there is no memory for it, or this model cannot be captured. Then no further step is tried."""
-        if self._full or not self._usable:
-            return None
-        began = perf_counter()
-        try:
-            step = partial(self._step, length=length, draws=draws)
-            graph = Graph(step, size, self.slots.padding, self.device, self._record)
-        except torch.OutOfMemoryError as error:
-            self._full = True
-            logger.warning("no memory for more graphs of decode steps: %s", error)
-            return None
-        except RuntimeError as error:
-            self._usable = False
-            logger.warning("decode steps run without CUDA graphs: capturing one failed (%s)", error)
-            return None
-        logger.info("a graph for %d %s rows up to %d tokens: %.2f s", size, draws, length, perf_counter() - began)
-        self._graphs[size, length, draws] = graph
+        step = partial(self._step, length=length, draws=draws)
+        make = partial(Graph, step, size, self.slots.padding, self.device, self._record)
+        graph = self._attempts(make, f"{size} {draws} rows up to {length} tokens")
+        if graph is not None:
+            self._graphs[size, length, draws] = graph
         return graph
 
     def _step(self, rows: Tensor, q_start: Tensor, length: int, draws: Draws) -> Tensor:

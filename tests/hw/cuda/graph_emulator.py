@@ -135,7 +135,8 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name
-        self._check(func, name, args, kwargs)
+        if reason := why_it_waits(func, args, kwargs):
+            raise Refused(reason)
         if func._schema.is_mutable:
             self.tape.keep((args, kwargs))
         out = func(*args, **kwargs)
@@ -157,14 +158,15 @@ class _Recording(TorchDispatchMode):
             self.tape.add(again)
         return out
 
-    def _check(self, func, name, args, kwargs):
-        if name in WAITS:
-            raise Refused(f"{name} makes the host wait, or copies pageable memory")
-        if name in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-            raise Refused(f"{name} by a mask makes the host wait")
-        if (
-            name == "aten::repeat_interleave"
-            and kwargs.get("output_size") is None
-            and func._overloadname in ("Tensor", "self_Tensor")
-        ):
-            raise Refused(f"{name} without output_size makes the host wait")
+
+def why_it_waits(func, args, kwargs):
+    """What of an op makes the host wait for a device, or None. Ops that copy between both are not looked at."""
+    name = func._schema.name
+    if name in WAITS:
+        return f"{name} makes the host wait, or copies pageable memory"
+    if name in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+        return f"{name} by a mask makes the host wait"
+    counts = func._overloadname in ("Tensor", "self_Tensor")
+    if name == "aten::repeat_interleave" and counts and kwargs.get("output_size") is None:
+        return f"{name} without output_size makes the host wait"
+    return None

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from graph_emulator import INDEXED, WAITS, Emulator
+from graph_emulator import INDEXED, Emulator, why_it_waits
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import InterpretedFunction
@@ -106,15 +106,13 @@ class PretendedGpu(TorchDispatchMode):
             returns_at_once = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             if crosses and not (hosts and pinned and returns_at_once):
                 self._wait(f"{name} between host and GPU, not from or to pinned memory or not non_blocking")
-        elif name in INDEXED and isinstance(args[0], GpuTensor):
-            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            if masks or hosts:
-                self._wait(f"{name} by a mask or by what is on the host")
+        elif hosts and name in INDEXED and isinstance(args[0], GpuTensor):
+            self._wait(f"{name} by what is on the host")
         elif any(x.dim() for x in hosts):
             places = [(tuple(x.shape), x.device.type) for x in tensors]
             raise RuntimeError(f"{name} of tensors of the host and of the GPU: {places}")
-        elif name in WAITS - HARMLESS or (name == "aten::repeat_interleave" and kwargs.get("output_size") is None):
-            self._wait(name)
+        elif name not in HARMLESS and (reason := why_it_waits(func, args, kwargs)):
+            self._wait(reason)
 
     def _wait(self, what):
         if self.in_step:

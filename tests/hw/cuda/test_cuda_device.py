@@ -1,9 +1,7 @@
 """The device on a GPU: the same answers as the CPU device, and no step that makes the host wait."""
 
-import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +9,6 @@ from steady_workload import REQUESTS
 from step_twins import ENGINES, OTHERS, check, twins
 
 from kernel_core import Engine, SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "matrix"))
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 greedy = partial(SamplingParams, temperature=0, ignore_eos=True, detokenize=False)
@@ -44,21 +39,6 @@ def run(model, device, params=None, **options):
 
 def tokens(outputs):
     return {name: [c.token_ids for c in output.outputs] for name, output in outputs.items()}
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    from model_references import CASES, write_checkpoint
-
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            write_checkpoint(made[name], *CASES[name])
-        return made[name]
-
-    return make
 
 
 @needs_gpu
@@ -164,29 +144,10 @@ def test_a_steady_step_never_waits(asked, cuda):
 
 
 @needs_gpu
+@pytest.mark.parametrize("cuda", [{}, ALL_IN_GRAPHS], ids=["as it is", "model and fused"])
 @pytest.mark.parametrize("name", FEATURES_ALONE)
-def test_features_give_the_plain_engines_answers(name):
-    from matrix_features import FEATURES, differences
-    from matrix_features import run as run_features
-
-    feature = FEATURES[name]
-    wanted = run_features([feature] if feature.params else [], "cpu")
-    assert differences(wanted, run_features([feature], "cuda"), feature.abort) == []
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", FEATURES_ALONE)
-def test_features_in_graphs_and_fused_kernels_too(name, monkeypatch):
-    from kernel_cuda import CudaSection
-
-    for key in ALL_IN_GRAPHS:
-        monkeypatch.setattr(CudaSection.model_fields[key], "default", True)
-    CudaSection.model_rebuild(force=True)
-    try:
-        test_features_give_the_plain_engines_answers(name)
-    finally:
-        monkeypatch.undo()
-        CudaSection.model_rebuild(force=True)
+def test_features_give_the_plain_engines_answers(feature_on_cuda, name, cuda):
+    assert feature_on_cuda(name, cuda)() == []
 
 
 @needs_gpu

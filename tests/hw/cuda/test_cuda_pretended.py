@@ -1,11 +1,10 @@
 """The whole device without a GPU: tokens are those of the CPU device, nothing of the host gets to a kernel, no step waits."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from model_references import CASES, write_checkpoint
+from model_references import CASES
 
 from kernel_core import Engine
 
@@ -13,7 +12,7 @@ pytest.importorskip("triton")
 import emulated_device
 import pretended_gpu
 from kernel_cuda.attention import CudaAttention
-from matrix_features import FEATURES, configuration, differences, run
+from matrix_features import FEATURES, differences
 from pretended_gpu import GPU, GpuTensor
 from test_cuda_split import MANY, bottom_right
 from torch.utils._python_dispatch import _disable_current_modes
@@ -34,19 +33,6 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            write_checkpoint(made[name], *CASES[name])
-        return str(made[name])
-
-    return make
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Attention by whole-tensor ops, and graphs of small sizes."""
@@ -58,7 +44,7 @@ def quick(monkeypatch):
 
 def answers(model, device, asked=ASKED, **options):
     options = {"max_model_len": 64, "max_requests": 4, "max_tokens_per_step": 32, "dtype": "float32"} | options
-    with Engine(model=model, device=device, **options) as engine:
+    with Engine(model=str(model), device=device, **options) as engine:
         draw = torch.Generator().manual_seed(0)
         for number, (length, params) in enumerate(zip(LENGTHS, asked)):
             prompt = torch.randint(2, 150, (length,), generator=draw).tolist()
@@ -81,14 +67,14 @@ def agree(model, **options):
 
 
 def test_a_few_requests(byte_model, quick):
-    gpu = agree(str(byte_model), asked=[ASKED[0], ASKED[2] | ASKED[1], ASKED[5]], plugins={"cuda": ALL}, kv_blocks=30)
+    gpu = agree(byte_model, asked=[ASKED[0], ASKED[2] | ASKED[1], ASKED[5]], plugins={"cuda": ALL}, kv_blocks=30)
     assert gpu.graphs[0].graphs > 1 and gpu.graphs[0].replays > 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", SETTINGS.values(), ids=SETTINGS)
 def test_whatever_requests_ask_for(byte_model, quick, cuda):
-    gpu = agree(str(byte_model), plugins={"cuda": cuda}, kv_blocks=30)
+    gpu = agree(byte_model, plugins={"cuda": cuda}, kv_blocks=30)
     assert [graphs.graphs > 0 for graphs in gpu.graphs] == [True] * cuda.get("graphs", True)
 
 
@@ -115,17 +101,10 @@ def test_with_the_kernels_of_attention(checkpoint, name):
         *(pytest.param(name, {}, id=f"{name}, as it is") for name in ("kv_offload", "ngram", "eagle3", "guided_decoding")),
     ],
 )
-def test_features(quick, monkeypatch, name, cuda):
-    def configured(features, device):
-        keys = {"kv_blocks": 200} | configuration(features, device)
-        return keys if device == "cpu" else keys | {"plugins": {**keys["plugins"], "cuda": cuda}}
-
-    monkeypatch.setattr("matrix_features.configuration", configured)
-    feature = FEATURES[name]
-    wanted = run([replace(feature, keys={})] if feature.params or feature.some else [], "cpu")
+def test_features(quick, feature_on_cuda, name, cuda):
+    run = feature_on_cuda(name, cuda, kv_blocks=200)
     with pretended_gpu.use() as gpu:
-        got = run([feature], "cuda")
-    assert differences(wanted, got, feature.abort) == [] and gpu.waits == []
+        assert run() == [] and gpu.waits == []
 
 
 @pytest.mark.slow
