@@ -1,5 +1,6 @@
 """Real generation on the CPU: a request's tokens depend on nothing but itself, whatever runs beside it and however."""
 
+import gc
 import os
 import signal
 import threading
@@ -226,7 +227,9 @@ def test_a_killed_worker_reaches_those_who_await_it(checkpoint):
 
 @pytest.fixture
 def interruptible():
-    """A runner in the background may have been started with Ctrl-C ignored."""
+    """A runner in the background may have been started with Ctrl-C ignored. What earlier tests left is collected now, because an
+    interrupt within a callback of the collector is lost."""
+    gc.collect()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
